@@ -407,7 +407,7 @@ def test_infeasible_requests_raise():
     small = problem()
     with pytest.raises(InputError, match="takes a budget"):
         make_plan(small, PlanRequest("high-impact", base="3.13"))
-    with pytest.raises(InputError, match="chooses matrices together"):
+    with pytest.raises(InputError, match="chooses all matrices jointly"):
         make_plan(
             small,
             PlanRequest("high-impact", budget=nominal_budget(small.feasible[1], small), exact=True),
@@ -542,7 +542,7 @@ def test_cli_high_impact_plan_run_audit_eval(random_model, small_text, tmp_path,
     assert entry["ratio"] in RATIOS
     assert plan["bits_per_param"] <= 2.24
     assert plan["gap"] >= 0
-    assert "rows have different bits" in plan["predicted"]["reason"]
+    assert "rows with different bits" in plan["predicted"]["reason"]
     evaluation = ["--corpus", str(small_text), "--max-tokens", "600"]
     options_given = ["--model", str(model), "--device", "cpu", *evaluation, "--quantizer", "rtn"]
     assert main(["run", *options_given, "--plan", str(out), "--save", str(saved), "--json"]) == 0
@@ -558,7 +558,7 @@ def test_cli_high_impact_plan_run_audit_eval(random_model, small_text, tmp_path,
 def test_cli_high_impact_bad_options_exit_2(random_model, small_text, capsys, few):
     model = random_model("llama-gqa")
     for more, sentence in {
-        ("--budget", "3bpp"): "take from",
+        ("--budget", "3bpp"): "range from",
         ("--budget", "2.2bpp", "--high-bits", "2"): "high-bits must be one of 3, 4, 16, not 2",
         ("--max-loss", "1%"): "Give a budget instead of max-loss",
         ("--budget", "2.2bpp", "--ratios", "best"): "ratios must be one of",

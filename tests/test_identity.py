@@ -1,4 +1,4 @@
-"""Which model is this: by content, whatever its name; with its tokenizer and its own code."""
+"""Model identity: from content rather than name, including the tokenizer and remote code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty Hugging Face cache, where models are put as a download would."""
+    """Return a function that adds a model to an empty Hugging Face cache, as a download would."""
     from huggingface_hub import constants
 
     folder = tmp_path / "hub"
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def edit_tokenizer(folder: Path) -> None:
-    """Swap two words of the vocabulary, as another tokenizer of the same size has them."""
+    """Swap two vocabulary entries, which gives another tokenizer of the same size."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text("utf8"))
     vocabulary = content["model"]["vocab"]
@@ -121,7 +121,7 @@ def test_model_source_relative_path_resolved(model_copy, tmp_path, monkeypatch):
 
 
 def test_known_info_same_model_under_two_names(model_copy, cache, tmp_path):
-    """What was found out about it under one name is known under the other."""
+    """Information stored under one name is found under the other."""
     store = Store(tmp_path / "db")
     mark = Session(ModelSource(str(model_copy)), store).info.fingerprint
     cache("some-org/some-model", model_copy, "main", "v2")
@@ -151,7 +151,7 @@ def test_known_info_after_files_removed(model_copy, cache, tmp_path):
 
 
 def test_identify_unknown_models_returns_none(tmp_path):
-    """Neither has a fingerprint, and no cache may take an empty one for an identity."""
+    """Neither model has a fingerprint, and one with an empty fingerprint cannot be stored."""
     store = Store(tmp_path / "db")
     assert known_identity(ModelSource("some-org/one"), store) is None
     assert known_identity(ModelSource("some-org/two"), store) is None
@@ -175,7 +175,7 @@ def test_cached_folder_incomplete_snapshot_is_none(model_copy, cache):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "/" + "x" * 5000, "a\0b", "~nobody-here/x", "DEMO"])
 def test_model_name_invalid_path_raises(name, tmp_path):
-    """One sentence, and the status of bad input."""
+    """The error is one short line, with the exit status of bad input."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(InputError) as caught:
         Session(ModelSource(name), Store(tmp_path / "db")).info  # noqa: B018
@@ -208,12 +208,12 @@ def test_known_info_demo_by_content(tmp_path):
     assert find_model_info(ModelSource(str(DEMO_FOLDER)), store).source == str(DEMO_FOLDER)
 
 
-# --- what a remote model is asked for -------------------------------------------------------------
+# --- files fetched for remote models --------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(model_copy, cache, monkeypatch):
-    """A hub that holds one model, and a list of what was fetched of it."""
+    """Simulate a hub that holds one model; return the list of fetched file names."""
     import fnmatch
 
     fetched = []
@@ -272,7 +272,7 @@ def test_cli_feasible_plan_fetches_config_before_weights(hub, capsys):
 
 
 def test_cli_inspect_remote_model_small_files_only(hub, model_copy, capsys):
-    """Its index names files that were not fetched, and its config no dtype."""
+    """The index names files that were not fetched, and the config has no dtype."""
     config = json.loads((model_copy / "config.json").read_text())
     config.pop("dtype", None)
     (model_copy / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Whatever comes in from outside: a result or an InputError, and nothing else."""
+"""Fuzzing of external input: every input gives a result or an LsqError."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.test_plan import problem
 
 
 def measured_problem() -> Problem:
-    """Six layers with all that any method on the ladder reads."""
+    """Return a six-layer problem with all the data that methods on the ladder use."""
     small = problem(layers=6)
     error, scores = small.by_config["weight_error"], small.scores
     by_config = dict.fromkeys(("weight_error", "sensitivity_module", "expected_kl"), error)
@@ -40,7 +40,7 @@ def measured_problem() -> Problem:
 
 
 SMALL, MIXED_ROWS = measured_problem(), mixed_problem()
-#: One matrix that groups of 128 don't fill, as the second.
+#: Two matrices, the second of which is not divisible into groups of 128.
 INDIVISIBLE = Problem(
     (
         Matrix("model.layers.0.mlp.up", 0, "mlp.up", 128, 128),
@@ -126,7 +126,7 @@ def test_make_plan_any_request_within_budget_or_raises(request_fields):
 @fuzz
 @given(st.dictionaries(st.sampled_from([f.name for f in fields(PlanRequest)]), any_json))
 def test_plan_request_from_json_any_types_no_crash(request_fields):
-    """A plan of every matrix, or an error that is one line."""
+    """The result is a plan for every matrix or a one-line error."""
     message, matrices = "", SMALL.matrices
     try:
         request = PlanRequest.from_json({"method": "uniform"} | request_fields)
@@ -139,19 +139,19 @@ def test_plan_request_from_json_any_types_no_crash(request_fields):
 
 
 def test_uniform_base_with_pins_meets_budget():
-    """The base alone is above the budget, and its pins bring it below."""
+    """The base alone exceeds the budget; the pins bring the plan within it."""
     request = PlanRequest("uniform", base="4.13", budget="3.5bpp", pins=("*.mlp.*=b2g128",))
     plan = make_plan(SMALL, request)
     assigned = {(m.type, c.name) for m, c in plan.choice.items()}
     assert assigned == {("self_attn.q_proj", "b4g128"), ("mlp.down_proj", "b2g128")}
     assert plan.bits_per_param <= 3.5
     assert any("Without the pins" in note for note in plan.notes)
-    with pytest.raises(InputError, match="smallest plan"):  # but not below any
+    with pytest.raises(InputError, match="smallest plan"):  # smaller even with pins
         make_plan(SMALL, PlanRequest("uniform", "4.13", "2.5bpp", pins=request.pins))
 
 
 def test_pin_makes_indivisible_base_feasible():
-    """Groups of 128 don't fill a matrix, which a pin gives another configuration."""
+    """One matrix is not divisible into groups of 128; a pin gives it another configuration."""
     plan = make_plan(INDIVISIBLE, PlanRequest("uniform", base="3.13", pins=("*.odd=b3g32",)))
     assert [c.name for c in plan.configs] == ["b3g128", "b3g32"]
 
@@ -168,7 +168,7 @@ ROWS_PLAN = _plan_file(MIXED_ROWS, method="high-impact", budget="2.3bpp")
 
 
 def _json_paths(content: object, path: tuple = ()) -> list[tuple]:
-    """Every place of a JSON value, as the keys that lead to it."""
+    """Return the path of every value in nested JSON objects, as a tuple of keys."""
     inner = content.items() if isinstance(content, dict) else ()
     return [path, *(json_path for k, v in inner for json_path in _json_paths(v, (*path, k)))]
 
@@ -266,7 +266,7 @@ def test_saved_plan_invalid_json_raises(text, tmp_path):
         verbs._load_plan(path, session)
 
 
-# --- text that means a number ---------------------------------------------------------------
+# --- parsing text ---------------------------------------------------------------------------
 
 _WORDS = "3.25 9 0 . - 1e3 nan inf bpp MiB GiB B b g h r 64 128 .. = * ٣ ² , ;"
 _parts = st.sampled_from([*_WORDS.split(), "\0", "\n", "9" * 400, "9" * 5000])
@@ -296,16 +296,16 @@ def test_text_parsers_any_text_parse_or_raise(text):
         assert budget.strip()
 
 
-# --- the address ----------------------------------------------------------------------------
+# --- URL parameters -------------------------------------------------------------------------
 
 
 class _SessionState(dict):
-    """In the place of Streamlit's session: what :mod:`lsq_core.ui.state` asks of it."""
+    """Stand-in for Streamlit's session state, sufficient for :mod:`lsq_core.ui.state`."""
 
 
 @pytest.fixture
 def url_query(monkeypatch):
-    """What stands in the address, and an empty session beside it."""
+    """Replace the URL parameters and the session state with empty ones; return the former."""
     query: dict[str, str] = {}
     monkeypatch.setattr(st_app, "query_params", query)
     monkeypatch.setattr(st_app, "session_state", _SessionState())

@@ -1,4 +1,4 @@
-"""Job folders that are damaged, twins, shutdowns: what of it a person sees, and what it costs."""
+"""Job folders: damage, identical jobs, interruptions, and the time it takes to list them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path) -> Path:
 
 
 def make_finished_job(folder: Path, id: str, arguments: tuple[str, ...] = ("results",)) -> Path:
-    """The folder of a job that is done, as a process leaves it."""
+    """Create the folder of a finished job, as its process leaves it."""
     job_folder = folder / id
     job_folder.mkdir(parents=True)
     write_json(job_folder / "job.json", {"id": id, "arguments": arguments, "created": 1.7e9})
@@ -59,7 +59,7 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def update_json(name: str, **entries: object) -> Callable[[Path], object]:
-    """Other entries in a JSON file, as it is read by whoever knows no better."""
+    """Return a function that overwrites entries of a JSON file in a job's folder."""
 
     def damage(job_folder: Path) -> None:
         content = json.loads((job_folder / name).read_bytes()) | entries
@@ -88,7 +88,7 @@ def replace_by_folder(name: str) -> Callable[[Path], object]:
     return damage
 
 
-#: What is done to a job's folder, and the states that may come of it.
+#: Kinds of damage to a job's folder, and the states that the job may have afterwards.
 DAMAGES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     "job-empty": (overwrite("job.json", b""), {"damaged"}),
     "job-cut": (truncate_file("job.json"), {"damaged"}),
@@ -151,7 +151,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_job_folder_does_not_affect_others(tmp_path, kind, capsys):
-    """The others are listed as before; it can be asked about everything, and be deleted."""
+    """Other jobs are listed as before; the damaged one can still be inspected and deleted."""
     store = Store(tmp_path / "lsq.duckdb")
     folder = disk.jobs_folder(store)
     job_folder, other = (
@@ -201,7 +201,7 @@ def test_result_without_hash_is_read(folder):
 
 
 def test_pages_open_with_damaged_jobs(tmp_path):
-    """All damaged folders at once, and what is damaged is listed on the Run page."""
+    """Uses all damaged folders at once; the Run page lists the damaged jobs."""
     from tests.test_app import PAGES, go_to_page, open_page
 
     folder = disk.jobs_folder(Store(tmp_path / "lsq.duckdb"))
@@ -218,12 +218,12 @@ def test_pages_open_with_damaged_jobs(tmp_path):
             assert len(states) == len(DAMAGES)
 
 
-# --- twins ------------------------------------------------------------------------------------
+# --- identical jobs ---------------------------------------------------------------------------
 
 
 @contextmanager
 def hold_device_lock(folder: Path) -> Iterator[None]:
-    """No job gets its turn meanwhile."""
+    """Hold the lock of the CPU, so that jobs stay queued."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "device-cpu.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -258,7 +258,7 @@ def test_start_identical_job_joins_active(folder):
 
 
 def test_start_concurrent_identical_jobs_start_one(folder):
-    """Four threads, as tabs of a server, and two processes of their own."""
+    """Starts the job from four threads, like tabs of a server, and from two other processes."""
     script = (
         "from pathlib import Path; from lsq_core import jobs; "
         f"print(jobs.start(Path({str(folder)!r}), {ARGUMENTS!r}).id)"
@@ -284,12 +284,12 @@ def test_start_concurrent_identical_jobs_start_one(folder):
         jobs.cancel(job)
 
 
-# --- how it ended -----------------------------------------------------------------------------
+# --- how jobs end -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_interrupts_job_and_resume_completes(folder, number):
-    """Nobody asked for the end, so it isn't cancelled, and 'resume' finds it."""
+    """Nobody cancelled the job, so it is interrupted, and ``resume`` finds it."""
     with hold_device_lock(folder):
         job = wait_until_queued(jobs.start(folder, ARGUMENTS))
         os.kill(job_pid(job), number)
@@ -302,7 +302,7 @@ def test_signal_interrupts_job_and_resume_completes(folder, number):
 
 
 def test_resumed_job_after_cancel_can_be_interrupted(folder):
-    """What a person asked for once doesn't hold for the next time."""
+    """An earlier cancellation has no effect on the resumed job."""
     with hold_device_lock(folder):
         job = wait_until_queued(jobs.start(folder, ARGUMENTS))
         cancelled = jobs.cancel(job)
@@ -313,7 +313,7 @@ def test_resumed_job_after_cancel_can_be_interrupted(folder):
 
 
 def test_cancel_marker_honored_after_kill(folder):
-    """The wish is kept in the folder."""
+    """The request to cancel is stored in the job's folder."""
     with hold_device_lock(folder):
         job = wait_until_queued(jobs.start(folder, ARGUMENTS))
         (job.folder / jobs.CANCEL_FILE).touch()
@@ -356,7 +356,7 @@ def test_second_worker_on_same_job_exits_1(folder, capfd):
 
 
 def test_oom_kill_reported_and_stored(folder, monkeypatch):
-    """The count of such kills rose while it ran; that it rises later tells nothing of it."""
+    """The OOM-kill count matters only when the job is first read after it ended."""
     job_folder, other = make_finished_job(folder, "1"), make_finished_job(folder, "0")
     for one in (job_folder, other):
         update_json("progress.json", state="running", stage="quantize")(one)
@@ -369,7 +369,7 @@ def test_oom_kill_reported_and_stored(folder, monkeypatch):
     assert "lack of memory" in job.message
     assert "quantize" in job.message
     assert "lack of memory" not in jobs.read(other).message
-    monkeypatch.setattr(jobs.folder, "oom_kills", lambda: 0)  # the machine was started anew
+    monkeypatch.setattr(jobs.folder, "oom_kills", lambda: 0)  # the machine was restarted
     assert "lack of memory" in jobs.read(job_folder).message
 
 
@@ -381,7 +381,7 @@ def test_start_job_unwritable_folder_raises(tmp_path):
 
 
 def test_job_disk_full_elsewhere_reported(folder):
-    """Whoever wrote, a library for one, and however it told."""
+    """It is reported even if another library wrote the file and raised its own error."""
     job_folder = make_finished_job(folder, "1")
 
     def execute(*_: object) -> dict:
@@ -413,7 +413,7 @@ def test_delete_active_job_raises(folder):
 
 
 def test_list_200_jobs_within_1_s(folder):
-    """Every page does it each second."""
+    """Every page lists the jobs once a second."""
     job_folder = make_finished_job(folder, "000")
     for number in range(1, 200):
         shutil.copytree(job_folder, folder / f"{number:03}")
@@ -423,7 +423,7 @@ def test_list_200_jobs_within_1_s(folder):
 
 
 def test_job_is_found_whatever_the_value_of_an_option(tmp_path):
-    """The newest of those that were asked for the same but for what is ignored."""
+    """The newest job with the same arguments apart from the ignored options is found."""
     command = ("refine", "--model", "demo", "--minutes", "5")
     make_finished_job(tmp_path, "20260101-000000-000001", (*command, "--text", "stdlib"))
     make_finished_job(tmp_path, "20260101-000000-000002", (*command, "--budget", "3bpp"))

@@ -1,4 +1,4 @@
-"""Jobs as real processes: done, failed, cancelled, killed, waiting for one another."""
+"""Jobs as real processes: done, failed, cancelled, killed, queued and resumed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def job_pid(job: jobs.Job) -> int:
 
 
 def process_ended(job: jobs.Job) -> bool:
-    """Whether the job's process has ended; one that nobody has waited for yet is a zombie."""
+    """Return whether the job's process has ended; until it is waited for, it is a zombie."""
     try:
         return psutil.Process(job_pid(job)).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -130,7 +130,7 @@ def test_job_bad_input_failed_with_message(folder, quick_run):
 
 
 def test_job_exception_failed_with_traceback_in_log(folder, quick_run, store):
-    """What no version ever wrote, in a database of ours, is nobody's input."""
+    """A value in our database that no version ever wrote is a bug, not bad input."""
     store.save_model(inspect_model(ModelSource(quick_run[quick_run.index("--model") + 1])))
     with store.connect() as connection:
         connection.execute("UPDATE models SET left_out = NULL")
@@ -163,7 +163,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_cancel_job_of_another_process(folder, long_profile, stopped):
-    """As from a terminal, where the app started it and has not asked yet how it ended."""
+    """As from a terminal, for a job started by the app, which has not waited for it yet."""
     command = [sys.executable, "-c", _START, str(folder), json.dumps(long_profile)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as other:
@@ -177,7 +177,7 @@ def test_cancel_job_of_another_process(folder, long_profile, stopped):
 
 def test_cancel_stopped_process_is_killed(folder, long_profile):
     job = wait_for_stage(jobs.start(folder, long_profile), "weights")
-    os.kill(job_pid(job), signal.SIGSTOP)  # a stopped process does not act on a request to end
+    os.kill(job_pid(job), signal.SIGSTOP)  # a stopped process does not react to SIGTERM
     started_at = time.monotonic()
     after = jobs.cancel(job)
     assert time.monotonic() - started_at < 2
@@ -187,7 +187,7 @@ def test_cancel_stopped_process_is_killed(folder, long_profile):
 
 @pytest.mark.parametrize("stage", ["start", "load", "quantize", "evaluate"])
 def test_cancel_run_within_2_s_in_each_stage(folder, long_evaluation, stage):
-    if stage == "quantize":  # round-to-nearest is over before it is seen
+    if stage == "quantize":  # round-to-nearest is too fast to be caught
         long_evaluation += ["--quantizer", "hqq"]
     started = jobs.start(folder, long_evaluation)
     job = started if stage == "start" else wait_for_stage(started, stage)
@@ -215,7 +215,7 @@ def test_jobs_on_same_device_are_queued(folder, long_profile, quick_run):
         lambda: (now := jobs.read(second.folder)).message.startswith("Waiting") and now
     )
     assert waiting.state == "queued"
-    os.kill(job_pid(first), signal.SIGKILL)  # the lock goes with the process
+    os.kill(job_pid(first), signal.SIGKILL)  # the lock is released with the process
     assert wait_for_end(second).state == "done"
 
 
@@ -247,7 +247,7 @@ def test_read_folder_without_job_raises(tmp_path):
 
 
 def kill_during_evaluation(folder: Path, arguments: list[str]) -> jobs.Job:
-    """A job whose process was killed after it had kept some windows."""
+    """Return a job whose process was killed after it had saved some windows."""
     job = wait_for_stage(jobs.start(folder, arguments), "evaluate")
     wait_for(lambda: list(job.folder.glob("evaluation-*.npz")))
     os.kill(job_pid(job), signal.SIGKILL)
@@ -255,7 +255,7 @@ def kill_during_evaluation(folder: Path, arguments: list[str]) -> jobs.Job:
 
 
 def test_resume_killed_run_continues_from_checkpoint(folder, long_evaluation, store, tmp_path):
-    """Windows scored before aren't scored again, and the figures are those of a run in one go."""
+    """Windows are not scored again, and the figures match those of an uninterrupted run."""
     job = kill_during_evaluation(folder, [*long_evaluation, "--save", str(tmp_path / "saved")])
     assert job.state == "interrupted"
     assert job.can_resume
@@ -281,7 +281,7 @@ def test_resume_killed_run_continues_from_checkpoint(folder, long_evaluation, st
 
 
 def test_resume_after_run_stored_does_not_duplicate(folder, quick_run, store):
-    """Killed after the last stage, before it could say so."""
+    """The job was killed after its last stage, before it reported its end."""
     job = wait_for_end(jobs.start(folder, quick_run))
     (job.folder / "result.json").unlink()
     progress = json.loads((job.folder / "progress.json").read_text()) | {"state": "running"}
@@ -305,7 +305,7 @@ def test_resume_done_or_running_job_raises(folder, quick_run, long_profile):
     cancelled = jobs.cancel(running)
     first = jobs.resume(cancelled)
     with pytest.raises(InputError, match="nothing to resume"):
-        jobs.resume(cancelled)  # what a second tab still shows
+        jobs.resume(cancelled)  # as still shown in another tab
     assert jobs.cancel(first).state == "cancelled"
 
 
@@ -341,14 +341,14 @@ def test_cli_resume_newest_interrupted(quick_run, store, capsys):
 def test_auto_device_queues_behind_cpu_job(folder, long_profile, quick_run, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     first = wait_for_stage(jobs.start(folder, long_profile), "weights")
-    second = jobs.start(folder, quick_run)  # on auto
+    second = jobs.start(folder, quick_run)  # on the device "auto"
     wait_for(lambda: jobs.read(second.folder).message.startswith("Waiting"))
     assert jobs.cancel(jobs.read(first.folder)).state == "cancelled"
     assert wait_for_end(second).state == "done"
 
 
 def test_queued_job_progress_is_empty(folder, long_profile, quick_run):
-    """Neither a share done nor a stage: its bar begins empty."""
+    """It has no fraction done and no stage, so its bar is empty."""
     first = wait_for_stage(jobs.start(folder, long_profile), "weights")
     second = jobs.start(folder, [*quick_run, "--device", "cpu"])
     waiting = wait_for(

@@ -1,4 +1,4 @@
-"""The extended ladder beside the papers': plans, profiles and their keys, what stays as it was."""
+"""The extended ladder next to the papers': plans, profiles, keys, and what must not change."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ON_ONE_LADDER = [name for name, planner in PLANNERS.items() if EXTENDED not in p
 
 
 def problem(layers: int = 32, seed: int = 17, ladder: tuple[QuantConfig, ...] = LADDER) -> Problem:
-    """Two modules a layer with random scores, two of which stand out."""
+    """Return a problem with two modules per layer, random scores, and two outliers in 32 layers."""
     random = np.random.default_rng(seed)
     matrices = tuple(
         Matrix(f"model.layers.{i}.{kind}", i, kind, 128, 128 * (1 + j))
@@ -96,7 +96,7 @@ def test_stops_are_those_of_a_ladder():
 
 @pytest.mark.parametrize("bits", [1, 5, 6])
 def test_codes_are_counted_by_the_bit(bits):
-    """``hqq`` keeps 5 and 6 bits in a byte each; here 8 codes take as many bytes as bits."""
+    """``hqq`` stores each 5- or 6-bit code in a byte; here 8 codes of n bits take n bytes."""
     config = QuantConfig(bits, 64)
     metadata = 4096 * 4096 // 64
     stored = planned_bytes("hqq", (4096, 4096), config, "fp16")
@@ -115,7 +115,7 @@ def test_quantizers_name_what_they_lack():
 
 # --- plans ----------------------------------------------------------------------------------
 
-#: Digests of the configurations of plans on the papers' ladder, before there was another.
+#: Digests of the configurations of plans, made before the extended ladder was added.
 PLANS = {
     ("uniform", "3.3bpp"): "b65e621d193c",
     ("sensiboost", "3.3bpp"): "a8911d7902a3",
@@ -164,7 +164,7 @@ def test_scores_of_a_smaller_ladder_do_not_suffice():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0, 1))
 def test_extended_optimum_is_no_worse_at_any_budget(seed, share):
-    """It may choose whatever the papers' ladder has, so its exact plans cost no more."""
+    """It contains the papers' ladder, so its exact plans cost no more."""
     both = problem(4, seed, EXTENDED_LADDER)
     paper = both.with_options(LADDER)
     low, high = paper.feasible
@@ -217,7 +217,7 @@ def test_pins_and_bases_of_the_extended_ladder():
 
 
 def test_budgets_are_named_by_the_stops_of_their_ladder():
-    """Wherever a budget is read: by planners, by quantizers that store more, and by the slider."""
+    """In planners, in the check for quantizers that store more bits, and in the slider."""
     request = PlanRequest("mxq", budget="5.13", ladder="extended")
     wide = problem(ladder=EXTENDED_LADDER)
     plan = make_plan(wide, request)
@@ -247,7 +247,7 @@ def test_sweeps_keep_methods_on_their_ladder():
 
 
 def test_profile_keys_are_as_before():
-    """Those of profiles that were measured, shipped or published before there was a ladder."""
+    """Keys of profiles measured, shipped or published before ladders were introduced."""
     assert ProfileSettings().key("f", "c") == "19c42ae588f11828"
     published = PUBLISHED_SETTINGS.key("f", "c", "t", "k", {"a": 1})
     assert published == "77d6922594b6ff4f"
@@ -271,7 +271,7 @@ def session(tmp_path_factory) -> Session:
 def test_profiles_of_both_ladders_are_kept_beside_each_other(session):
     extended = replace(SMALL, ladder=EXTENDED)
     measured = session.profile(extended)
-    # One of the extended ladder serves the papers' methods; nothing is measured again.
+    # A profile of the extended ladder serves the papers' methods without measuring again.
     boosted = session.plan("sensiboost", SMALL, budget="4.2bpp")
     assert boosted.profile == measured.id
     assert session.find_profile(SMALL) is None
@@ -298,7 +298,7 @@ def test_no_prediction_where_no_profile_has_the_bits(session):
     assert "extended ladder" in reason
 
 
-# --- the command line and what is shown -----------------------------------------------------
+# --- command line and labels ----------------------------------------------------------------
 
 
 def test_command_lines_name_the_extended_ladder():

@@ -1,4 +1,4 @@
-"""How many kernels a profile launches, and what it waits for: bounds on the way to a GPU."""
+"""Upper bounds on the kernels that profiling launches and on its waits for the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
 from tests.launches import count_launches
 
-#: Of one group size, as they are quantized together.
+#: Configurations by group size, as they are quantized together.
 SIZES = [[c for c in LADDER if c.group_size == size] for size in (32, 64, 128)]
 
 
@@ -28,7 +28,7 @@ def weight(rows=96, columns=384):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("quantizer", ["hqq", "rtn"])
 def test_configurations_together_are_those_alone(quantizer, axis, metadata, kind):
-    """To the bit, and as they are stored."""
+    """Values are bit-identical to those of the stored matrices."""
     values = weight()
     if kind == "heavy tails":
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_configurations_together_are_those_alone(quantizer, axis, metadata, kind
 
 @pytest.mark.parametrize(("quantizer", "most"), [("hqq", 620), ("rtn", 590)])
 def test_twelve_configurations_of_a_matrix_take_few_kernels(quantizer, most, monkeypatch):
-    """Quantized and measured; one configuration after the other took 2,700."""
+    """Includes measuring the errors; one configuration at a time took 2,700 kernels."""
     values, by = weight(), get_quantizer(quantizer)
     squared_distances(by.round_trips(values, SIZES[0], 1, "8bit"), values)  # tables are copied once
     with count_launches(monkeypatch) as launches:
@@ -58,14 +58,14 @@ def test_twelve_configurations_of_a_matrix_take_few_kernels(quantizer, most, mon
 
 
 def test_no_score_of_a_block_is_waited_for(random_model, monkeypatch):
-    """What is read of a block: whether its weights are in order, and its scores at the end."""
+    """The only waits per block are the check of its weights and reading its scores at the end."""
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     settings = ProfileSettings(samples=1, block_tokens=64)
     metrics = measure.make_metrics(default_metrics())
     ids = torch.arange(8 * 64).view(8, 64)
     with torch.no_grad():
         for context in measure.iter_blocks(loaded, ids):
-            context.parts  # found by a pass of the block, of which nothing is a score  # noqa: B018
+            context.parts  # computed by a pass through the block that gives no scores  # noqa: B018
             with count_launches(monkeypatch) as launches:
                 scores = [score for _, score in measure._score_block(context, settings, metrics)]
             assert launches.waits == {"aten::_local_scalar_dense": 1}, "the check of its weights"

@@ -1,7 +1,7 @@
-"""What does without torch, whose import takes seconds: the library, an audit, every page.
+"""The library, an audit and every page work without importing torch, which takes seconds.
 
-One process does all of it in turn, and tells after each step which heavy packages it has loaded;
-this process has them already.
+A subprocess runs these steps in turn and reports after each one which heavy packages it has loaded;
+the test process has loaded them already.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LIBRARY = (
     "corpus.registry",
     "bench",
 )
-#: What a step may load; pages are Streamlit's.
+#: Heavy packages that each step may load; pages need Streamlit.
 ALLOWED_PACKAGES = {
     "library": set(),
     "audit": set(),
@@ -61,7 +61,7 @@ ALLOWED_PACKAGES = {
 
 @pytest.fixture(scope="module")
 def loaded_packages(filled_once, random_model, request, tmp_path_factory) -> dict[str, set[str]]:  # noqa: F811
-    """The heavy packages that each step loaded."""
+    """Heavy packages loaded by each step."""
     folder = tmp_path_factory.mktemp("without-torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LSQ_DB", str(folder / "audited.duckdb"))

@@ -35,7 +35,7 @@ METHODS = ["uniform", "sensiboost", "kurtboost-ablation", "mxq"]
     st.sampled_from([(), ("*.layers.3.*=b8g64",)]),
 )
 def test_plan_within_bytes(method, metadata, share, base, pins):
-    """No more than the budget, and nearly all of it where a method can spend it."""
+    """A plan is within the budget, and MXQ spends nearly all of it."""
     low, high = SPIKY.feasible_planned(metadata)
     size = int(low + share * (high - low))
     base = base if PLANNERS[method].has_base else None
@@ -54,7 +54,7 @@ def test_plan_within_bytes(method, metadata, share, base, pins):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_limit_is_the_largest_that_fits(method):
-    """A little more nominal room already gives a plan that is too large, or the same one."""
+    """A slightly higher limit gives a plan that is too large, or the same one."""
     frontier = make_frontier(SPIKY, PlanRequest(method))
     stored, rows = np.array(SPIKY.planned("8bit")), np.arange(len(SPIKY.matrices))
     low, high = SPIKY.feasible_planned("8bit")
@@ -67,7 +67,7 @@ def test_limit_is_the_largest_that_fits(method):
 
 
 def test_budget_a_few_bytes_below_a_large_plan():
-    """Of plans of gigabytes, what a budget lacks by a byte is within a limit's tolerance."""
+    """For plans of gigabytes, a shortfall of one byte is within the limit's tolerance."""
     shape = {"out_features": 14336, "in_features": 4096}
     matrices = tuple(Matrix(f"model.layers.{i}.up", i, "up", **shape) for i in range(160))
     large = replace(problem(80), matrices=matrices)
@@ -98,12 +98,12 @@ def test_exact_plan_within_bytes():
 
 def test_base_does_not_fit_within_bytes():
     size = int(SPIKY.total * 3.2 / 8)
-    with pytest.raises(InputError, match="does not reach the smallest plan"):
+    with pytest.raises(InputError, match="is below the smallest plan"):
         make_plan(SPIKY, PlanRequest("uniform", base="4.13", budget=f"{size}B"))
 
 
 def test_quantizer_that_stores_more_than_the_bytes_is_refused():
-    """NF4 keeps a scale of 32 bits for 64 weights, which 4.25 bits do not hold."""
+    """NF4 stores a 32-bit scale per 64 weights, which does not fit in 4.25 bits per weight."""
     size = int(SPIKY.total * 4.3 / 8)
     plan = make_plan(SPIKY, PlanRequest("uniform", budget=f"{size}B"))
     assert "nf4" not in plan.quantizer

@@ -1,4 +1,4 @@
-"""The loss impact against a plain loop over the whole model; added to a profile when needed."""
+"""Loss impact: compared with a plain loop over the full model, and added to profiles."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def log_probabilities(model, ids):
 @torch.inference_mode()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_impact_matches_plain_loop(architecture, random_model, settings):
-    """Each matrix's weight replaced in the model, all of the model run, KL in float64."""
+    """The loop replaces one matrix at a time, runs the full model and computes KL in float64."""
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     profile = measure_profile(loaded, settings, "key", metrics=IMPACT)
     assert profile.metrics == IMPACT
@@ -140,7 +140,7 @@ def test_sampled_predictions_give_nearly_the_same_loss_impact(
     sampled = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
     np.testing.assert_allclose(sampled, exact, rtol=0.06)
     assert np.median(sampled / exact) == pytest.approx(1, abs=0.02)
-    capped = architecture == "gemma2"  # logits are more than what its LM head gives
+    capped = architecture == "gemma2"  # its logits are not just the output of its LM head
     assert head_gives_logits(loaded.model, torch.arange(8)[None]) != capped
     assert f"{kl_module.DRAWS} tokens drawn" in LossImpact.definition
     assert (sampled == exact).all() == capped
@@ -151,7 +151,7 @@ def test_sampled_predictions_give_nearly_the_same_loss_impact(
 
 @torch.inference_mode()
 def test_sampled_kl_holds_where_predictions_change_altogether(random_model, settings):
-    """A few positions with other predictions: their new tokens were hardly drawn at all."""
+    """At a few positions predictions change; their new tokens were hardly ever drawn."""
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
     context = list(islice(iter_blocks(loaded, ids), 2))[1]
@@ -178,7 +178,7 @@ def test_sampled_kl_independent_of_chunk_sizes(random_model, settings, monkeypat
 
 
 def test_kl_accurate_for_small_divergence():
-    """In float32 the plain sum of p·(log p − log q) is off by a sixth and more here."""
+    """In float32, the plain sum of p·(log p − log q) is off by a sixth or more here."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 4096, generator=generator, dtype=torch.float64)
     other = logits + 1e-4 * torch.randn(20, 4096, generator=generator, dtype=torch.float64)
@@ -211,7 +211,7 @@ def test_loss_impact_progress_increases_and_names_matrices(random_model, setting
 def test_loss_aware_cost_of_unreached_expert_positive(
     tmp_path, settings, monkeypatch, layer, large_vocabulary
 ):
-    """Also where the same tokens in batches of another shape are rounded otherwise."""
+    """Holds even if the same tokens are rounded differently in batches of another shape."""
     batched = kl_module.PredictionKl.batched
     monkeypatch.setattr(
         kl_module.PredictionKl, "batched", lambda *a: [h * (1 + 1e-6) for h in batched(*a)]
@@ -219,7 +219,7 @@ def test_loss_aware_cost_of_unreached_expert_positive(
     monkeypatch.setattr(kl_module, "LARGE_VOCABULARY", large_vocabulary)
     folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
     loaded = load_model(ModelSource(str(folder)), "cpu")
-    # Experts 0 and 1 share the tokens by a sign, so that 2 and 3 never win.
+    # The sign of one input chooses between experts 0 and 1, so 2 and 3 are never reached.
     router = loaded.model.model.layers[layer].mlp.gate
     router.weight.zero_()
     router.weight[0, 0], router.weight[1, 0] = 1.0, -1.0
@@ -239,7 +239,7 @@ def test_loss_aware_cost_of_unreached_expert_positive(
         np.testing.assert_allclose(cost[rows[2]], scores[rows[:2]].min() * error**2)
 
 
-# --- planning by it ------------------------------------------------------------------------------
+# --- planning with loss impact -------------------------------------------------------------------
 
 
 def test_loss_aware_cost_is_impact_times_squared_error():
@@ -261,7 +261,7 @@ def test_check_metrics_missing_loss_impact_suggests_methods():
         check_metrics(info, problem, PlanRequest("loss-aware", budget="3.2bpp"))
 
 
-# --- added to a profile --------------------------------------------------------------------------
+# --- adding it to a profile ----------------------------------------------------------------------
 
 
 def test_default_profile_excludes_loss_impact(session, settings):

@@ -1,4 +1,4 @@
-"""Quantizing commutes with a scale: a matrix times 2^k is stored as well as the matrix."""
+"""Quantization commutes with scaling: a matrix times 2^k is stored as accurately."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def normal_matrix(seed: int = 0, shape: tuple[int, int] = SHAPE) -> torch.Tensor
 
 
 def make_matrix(kind: str, seed: int) -> torch.Tensor:
-    """A (32, 256) matrix of σ 0.02, with something in it that a quantizer may trip over."""
+    """Return a (32, 256) matrix with σ = 0.02 and a feature that is hard to quantize."""
     weight = normal_matrix(seed)
     if kind == "constant groups":
         weight[3], weight[5] = 0.017, -0.4
@@ -74,14 +74,14 @@ KINDS = (
 
 
 def relative_error(actual: torch.Tensor, weight: torch.Tensor) -> float:
-    """In float64: squares of float32 numbers leave its range long before they do."""
+    """Return the relative error, in float64 because squares can leave the range of float32."""
     norm = weight.double().norm()
     return float((actual.double() - weight.double()).norm() / norm) if norm else 0.0
 
 
 @st.composite
 def scaled_matrices(draw) -> tuple[torch.Tensor, int]:
-    """A matrix and a k that leaves its largest weight finite, and most of it normal."""
+    """Draw a matrix and a k for which its largest weight stays finite, and most stay normal."""
     weight = make_matrix(draw(st.sampled_from(KINDS)), draw(st.integers(0, 99)))
     largest = float(weight.abs().amax()) or 1.0
     k = draw(st.integers(-110, 126 - int(np.ceil(np.log2(largest)))))
@@ -100,7 +100,7 @@ CONFIGS = [QuantConfig(bits, group) for bits in (2, 3, 4, 8) for group in (64, 1
     st.sampled_from(["hqq", "rtn"]),
 )
 def test_quantize_matrix_commutes_with_power_of_two(scaled, config, metadata, axis, name):
-    """Codes are the same to the bit, and so are weights, but for float32's own lowest binades."""
+    """Codes are identical, and so are weights, except in the lowest binades of float32."""
     weight, k = scaled
     quantizer = get_quantizer(name)
     base = quantize_matrix(weight, config, quantizer, axis=axis, metadata=metadata)
@@ -170,7 +170,7 @@ def test_learned_matrix_init_commutes_with_power_of_two(scaled, metadata):
 @pytest.mark.parametrize("name", ["hqq", "rtn"])
 @pytest.mark.parametrize("sigma", [1e-30, 2e-5, 2e-4, 1e-3, 0.02, 300.0, 1e30])
 def test_relative_error_independent_of_scale(sigma, name, metadata):
-    """At 8 bits it was 0.005, 0.07 and 0.8 for σ of 0.02, 0.0002 and 0.00002."""
+    """Without scaling, it was 0.005, 0.07 and 0.8 at 8 bits for σ of 0.02, 0.0002 and 0.00002."""
     weight = normal_matrix() * (sigma / 0.02)
     packed = quantize_matrix(weight, QuantConfig(8, 64), get_quantizer(name), metadata=metadata)
     assert relative_error(packed.dequantize(), weight) == pytest.approx(0.0052, abs=0.0006)
@@ -180,7 +180,7 @@ def test_relative_error_independent_of_scale(sigma, name, metadata):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
 @pytest.mark.parametrize("outlier", [2e5, -1e6])
 def test_outlier_affects_only_its_group(outlier, config, metadata):
-    """In fp16; in 8 bits, 127 other groups share the range of its scale, and are still there."""
+    """With 8-bit metadata, the 127 groups sharing its scale's range lose some accuracy."""
     weight = make_matrix("plain", 1)
     before = quantize_matrix(weight, config, get_quantizer("hqq"), metadata=metadata).dequantize()
     with_outlier = weight.clone()
@@ -197,7 +197,7 @@ def test_outlier_affects_only_its_group(outlier, config, metadata):
 
 @pytest.mark.parametrize("metadata", ["8bit", "fp16"])
 def test_rows_of_different_scales_have_equal_error(metadata):
-    """Heads that are scaled apart: each head's rows are as good as alone, in either format."""
+    """Rows of differently scaled heads have equal relative errors with either metadata."""
     weight, config = normal_matrix(shape=(256, 256)), QuantConfig(4, 64)
     weight[:128] *= 2.0**-13
     actual = quantize_matrix(weight, config, get_quantizer("hqq"), metadata=metadata).dequantize()
@@ -212,13 +212,13 @@ def test_quantize_matrix_scale_range_too_wide_raises(name):
     weight[2, 3] = 1e9
     with pytest.raises(LsqError, match=r"layers\.3\.up_proj holds a weight of 1e\+09 in one group"):
         quantize_matrix(weight, QuantConfig(4, 64), get_quantizer(name), name="layers.3.up_proj")
-    weight[2, 3] = 0  # a dead group is no reason to refuse, however little is left of it
+    weight[2, 3] = 0  # a dead group is accepted, however small its weights
     weight[2] *= 1e-30
     quantize_matrix(weight, QuantConfig(4, 64), get_quantizer(name))
 
 
 def test_exponent_of_ordinary_weights_is_zero():
-    """What is recorded against ``hqq`` holds because nothing is scaled there."""
+    """Recorded comparisons with ``hqq`` remain valid because such weights are not scaled."""
     assert {
         normalizing_exponent(sigma * normal_matrix() / 0.02) for sigma in (0.02, 0.025, 0.035)
     } == {0}
@@ -228,7 +228,7 @@ def test_exponent_of_ordinary_weights_is_zero():
 
 @given(st.integers(-126, 126), st.integers(-126, 126))
 def test_times_power_of_two_is_exact(start, end):
-    """From any normal float32 to any other, by up to 2^±252."""
+    """From any normal float32 number to any other, by up to 2^±252."""
     values, k = torch.tensor([1.0, -1.5, 1.25]) * 2.0**start, end - start
     expected = np.ldexp(values.numpy(), k)
     for exponent in (k, torch.tensor([k], dtype=torch.int16)):
@@ -238,7 +238,7 @@ def test_times_power_of_two_is_exact(start, end):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k", [-13, 0, 10])
 def test_packed_linear_forward_matches_cast_weights(dtype, k):
-    """Decoded in float32 and cast at the end: no step between leaves the range of the dtype."""
+    """Decoding is in float32 with a final cast, so no intermediate step overflows the dtype."""
     weight = scale_by_power_of_two(normal_matrix(), k)
     packed = quantize_matrix(weight, QuantConfig(8, 64), get_quantizer("rtn"))
     assert torch.equal(packed.dequantize(dtype), packed.dequantize().to(dtype))
@@ -248,11 +248,11 @@ def test_packed_linear_forward_matches_cast_weights(dtype, k):
     assert torch.equal(outputs, F.linear(inputs, packed.dequantize().to(dtype)))
 
 
-# --- whole models -----------------------------------------------------------------------------
+# --- full models ------------------------------------------------------------------------------
 
 
 def scaled_model(folder: Path, k: int) -> Path:
-    """A random llama whose v_proj is divided by 2^k and whose o_proj is multiplied by it."""
+    """Save a random Llama with v_proj divided and o_proj multiplied by 2^k."""
     import transformers
 
     save_random_model(folder, "llama-gqa")
@@ -285,7 +285,7 @@ def test_rescaled_model_quantizes_to_same_outputs(name, k, tmp_path):
 
 
 def test_profile_scores_scale_with_weights(tmp_path, small_text):
-    """An error by 2^k; a squared output change by 4^k, unless the inputs make up for it."""
+    """Errors scale by 2^k, and squared output changes by 4^k unless the inputs compensate."""
     metrics = ("weight_error", "sensitivity_module", "sensitivity", "gram_diagonal")
     profile_settings = ProfileSettings(
         "rtn", calibration=str(small_text), samples=4, block_tokens=64
@@ -344,7 +344,7 @@ def test_saved_model_small_weights_round_trip(architecture, random_model, tmp_pa
 
 
 def test_load_quantized_format_2():
-    """Made by the version before, with its logits: all widths, mixed rows, fp16 rows."""
+    """The model and its logits are from the version before: all widths, mixed and fp16 rows."""
     expected = load_file(FORMAT_2_MODEL.parent / "saved_format_2_logits.safetensors")
     assert json.loads((FORMAT_2_MODEL / "lsq.json").read_text())["format"] == 2
     model = load_quantized(FORMAT_2_MODEL, "cpu", "float32").model

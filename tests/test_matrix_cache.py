@@ -1,4 +1,4 @@
-"""Quantized matrices that are kept for the plans to come."""
+"""The cache of quantized matrices, shared between plans."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_cache_evicts_least_recently_used():
     def get(key):
         return matrix_cache.get(key, lambda: computed_keys.append(key) or matrices[key])
 
-    for key in "abacab":  # c takes the place of b, and b then that of c
+    for key in "abacab":  # c replaces b, which then replaces c
         assert get(key) is matrices[key]
     assert computed_keys == ["a", "b", "c", "b"]
     assert matrix_cache.bytes == matrix_cache.limit

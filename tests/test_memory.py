@@ -1,4 +1,4 @@
-"""Memory limits of containers: cgroups of both versions, nested, and those that set none."""
+"""Memory limits of containers: cgroups of both versions, nested and unlimited."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def write_cgroup(tmp_path, monkeypatch):
-    """A place for cgroup files; ``put`` writes them, and what ``/proc`` says of them."""
+    """Return a function that writes cgroup files, and the ``/proc`` files that refer to them."""
     mount = tmp_path / "cgroup"
 
     def write_files(version: int, path: str, files: dict[str, str], root: str = "/") -> None:
@@ -90,7 +90,7 @@ def test_available_memory_uses_outer_cgroup_limit(write_cgroup):
 
 
 def test_memory_limit_container_mount_root(write_cgroup):
-    """The path in /proc/self/cgroup is of the machine; what is mounted begins at the container."""
+    """The path in /proc/self/cgroup is the machine's; the mount starts at the container."""
     files = {"memory.limit_in_bytes": f"{GIB}", "memory.usage_in_bytes": "0"}
     write_cgroup(1, "/docker/abc", files, root="/docker/abc")
     assert memory.available_memory() == min(GIB, psutil.virtual_memory().available)
@@ -121,7 +121,7 @@ def test_check_memory_above_cgroup_limit_raises(write_cgroup):
         loading.check_memory("large", 1100, torch.device("cpu"), torch.float32)
 
 
-#: Where a cgroup with a limit can be made for a test, by version.
+#: Folders where a test can create a cgroup with a limit, by version.
 _PLACES = {1: Path("/sys/fs/cgroup/memory"), 2: Path("/sys/fs/cgroup")}
 OOM_SCRIPT = """
 import os, sys
@@ -137,7 +137,7 @@ print(os.wait()[1], memory.oom_kills() - before)
 
 @contextmanager
 def limited_cgroup(limit: int) -> Iterator[list[str]]:
-    """What to put before a command so that it runs in a cgroup with a limit of so many bytes."""
+    """Yield a command prefix that runs a command in a cgroup limited to ``limit`` bytes."""
     version = 1 if (_PLACES[1] / memory._FILES[1][0]).exists() else 2
     group = _PLACES[version] / f"lsq-test-{os.getpid()}"
     try:
@@ -154,7 +154,7 @@ def limited_cgroup(limit: int) -> Iterator[list[str]]:
 
 
 def _remove(group: Path) -> None:
-    """Delete a cgroup, once the last process in it is gone."""
+    """Delete a cgroup once its last process has ended."""
     deadline = time.monotonic() + 30
     while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -162,19 +162,19 @@ def _remove(group: Path) -> None:
 
 
 def run_in_cgroup(limit: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python script, run in a cgroup with a limit until all it started has ended."""
+    """Run a Python script in a cgroup with a limit, until all its processes have ended."""
     with limited_cgroup(limit) as join:
         command = [*join, sys.executable, "-c", script, *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 def test_real_cgroup_limit_and_oom_kill_count():
-    """The kernel itself, where this process may make a cgroup."""
+    """Uses a real cgroup; skipped if this process may not create one."""
     completed = run_in_cgroup(64 << 20, OOM_SCRIPT)
     assert completed.stdout.split() == ["True", "9", "1"], completed.stderr
 
 
-#: A job whose process takes more than there is, by the worker's own way in.
+#: Starts a job whose process is replaced by one that needs more memory than the limit.
 JOB_SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -200,7 +200,7 @@ def test_real_cgroup_oom_killed_job_message(tmp_path):
 
 def test_real_cgroup_check_memory_names_limit():
     completed = run_in_cgroup(512 << 20, CHECK_MEMORY_SCRIPT)
-    assert "cgroup's, is 512.00 MiB" in completed.stdout, completed.stderr
+    assert "memory limit (cgroup) is 512.00 MiB" in completed.stdout, completed.stderr
 
 
 CHECK_MEMORY_SCRIPT = """

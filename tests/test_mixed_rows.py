@@ -1,4 +1,4 @@
-"""Mixed rows: their names, their bytes to the last one, and models stored and loaded with them."""
+"""Mixed rows: names, exact byte counts, and models saved and loaded with them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_config_of_entries():
 
 
 def test_mixed_rows_bytes_4096_matrix():
-    """4096×4096, 2 % of the rows at 3 bits: 82 rows, listed in 164 bytes, a bitmap taking 512."""
+    """With 2 % of 4096 rows at 3 bits, 82 are listed in 164 bytes; a bitmap would take 512."""
     config, matrix = MixedRows(2, 3, 0.02, 128), make_matrix(4096, 4096)
     assert config.parts(matrix) == ((82 * 4096, config.high), (4014 * 4096, config.low))
     assert config.index_bytes(matrix) == 164
@@ -95,7 +95,7 @@ def test_mixed_rows_bytes_4096_matrix():
     st.integers(0, 9),
 )
 def test_packed_rows_bytes_and_values_match_plan(config, out, wide, metadata, axis, seed):
-    """Bytes, tensors, and each row decoded as its own part was."""
+    """Bytes and tensors match, and each row decodes as if its part were quantized separately."""
     matrix = make_matrix(out, 128 * wide)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, 128 * wide, generator=generator)
@@ -112,7 +112,7 @@ def test_packed_rows_bytes_and_values_match_plan(config, out, wide, metadata, ax
         if not part.any():
             continue
         if own.bits == 16:
-            # half an fp16 step; the smallest weights are subnormal at the size they are kept at
+            # half an fp16 step; the smallest weights are subnormal at the stored scale
             torch.testing.assert_close(decoded[part], weight[part], rtol=2**-11, atol=2**-20)
             continue
         packed_part = quantize_matrix(weight[part], own, quantizer, axis=axis, metadata=metadata)

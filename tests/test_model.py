@@ -1,4 +1,4 @@
-"""Finding and describing models, and one sentence for each thing that can be wrong with them."""
+"""Finding and inspecting models, and one-line errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_inspect_lists_indivisible_matrices_as_left_out(tmp_path):
     sizes = {"hidden_size": 44, "num_attention_heads": 4, "head_dim": 12, "intermediate_size": 172}
     folder = save_random_model(tmp_path / "odd", "llama-gqa", **sizes)
     info = inspect_model(ModelSource(str(folder)))
-    # 172×44 and 44×172 are no multiples of 32; 48×44 and 24×44 are
+    # 172×44 and 44×172 are not multiples of 32; 48×44 and 24×44 are
     assert {m.type for m in info.matrices} == {f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")}
     left = {line.split(" in 2 of 2 layers, ")[0] for line in info.left_out}
     assert left == {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
@@ -95,7 +95,7 @@ def test_fingerprint_depends_on_content(tmp_path):
     assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
 
 
-# --- what can be wrong ------------------------------------------------------------------------
+# --- invalid models ---------------------------------------------------------------------------
 
 
 def assert_refused(source: ModelSource | str, pattern: str, kind=InputError):
@@ -142,7 +142,7 @@ def test_load_missing_shard_raises(model_copy):
 
 
 def test_load_missing_tensor_raises(model_copy):
-    """Random ones in its place would give figures of another model."""
+    """Random weights instead would give the figures of another model."""
     tensors = load_file(model_copy / "model.safetensors")
     norms = [name for name in tensors if name.endswith("input_layernorm.weight")]
     kept = {name: tensor for name, tensor in tensors.items() if name not in norms}
@@ -214,7 +214,7 @@ def test_load_too_little_memory_raises(monkeypatch, random_model):
 
 
 def test_find_model_offline_raises():
-    """Offline is how the test environment runs; the hub's own error is translated."""
+    """Tests run offline; the hub's own error is translated."""
     with pytest.raises(LsqError, match=r"some-org/some-model.* Hugging Face"):
         find_model(ModelSource("some-org/some-model"))
 

@@ -1,4 +1,4 @@
-"""Names from outside: shown as they are, never as links, images, HTML or formulas."""
+"""External names are shown literally, never as links, images, HTML or formulas."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lsq_core.ui import words
 from tests.conftest import ROOT
 from tests.test_app import filled, filled_once  # noqa: F401
 
-#: What a browser fetches, links or runs where it is taken for Markdown or HTML.
+#: Text that a browser would fetch, link or run if it were treated as Markdown or HTML.
 HOSTILE = (
     "![x](http://127.0.0.1:9/x.png) [y](http://127.0.0.1:9/y) <img src='http://127.0.0.1:9/z'> "
     "<a href='http://127.0.0.1:9/w'>w</a> www.evil.example"
 )
 PAGES = ["app.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pages").glob("*.py"))]
-#: Fields that are shown as they are, or not at all.
+#: Fields that are shown literally, or not at all.
 _NOT_MARKDOWN = {
     *(
         "id",
@@ -51,12 +51,12 @@ _ADDRESS = re.compile(r"://|www\.")
 
 
 def find_active_markdown(markdown: str) -> list[str]:
-    """What of a text Markdown would act on."""
+    """Return the parts of a text that would be active as Markdown: brackets, tags and URLs."""
     bare = re.sub(r"\\.", "", markdown)
     return [*re.findall(r"[\[<]", bare), *_ADDRESS.findall(markdown)]
 
 
-# --- the functions ----------------------------------------------------------------------------
+# --- escaping ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_inert_and_literal_escape_hostile_text(text):
 
 
 def test_escape_preserves_visible_text():
-    """A pin in an error sentence has to be readable as it was typed."""
+    """A pin in an error message must be readable as it was typed."""
     assert words.escape("*.layers_0.*") == r"\*.layers\_0.\*"
     assert words.escape("plain words, 3") == "plain words, 3"
     escaped = words.escape("# my_*_model\n> **x** ~~y~~")
@@ -79,7 +79,7 @@ def test_escape_preserves_visible_text():
 
 
 def test_only_safe_module_imports_streamlit():
-    """A page that takes ``st`` from Streamlit itself would show a name as Markdown."""
+    """A page that uses Streamlit directly would show names as Markdown."""
     importing_modules = []
     for path in [*map(ROOT.joinpath, PAGES), *(ROOT / "lsq_core" / "ui").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf8"))):
@@ -135,7 +135,7 @@ def test_csv_bytes_escapes_formulas():
 
 
 def insert_hostile_names(store: Store, folder: Path, text: str) -> None:
-    """Give everything that has a name a hostile one: notes, corpora, plans, methods, jobs."""
+    """Insert hostile names everywhere: notes, corpora, models, plans, methods, jobs."""
     with store.transaction() as connection:
         connection.execute("UPDATE runs SET note = $1", [text])
         connection.execute("UPDATE evaluations SET corpus = $1", [text])
@@ -169,7 +169,7 @@ def insert_hostile_names(store: Store, folder: Path, text: str) -> None:
 
 
 def _message_texts(message: Message) -> Iterator[tuple[str, str]]:
-    """By field, every text of an element that a browser takes for Markdown."""
+    """Yield the field name and text of everything in an element that is shown as Markdown."""
     for field, value in message.ListFields():
         if field.name in _NOT_MARKDOWN or field.name in _NO_MARKDOWN_IN:
             continue

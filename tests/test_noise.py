@@ -1,4 +1,4 @@
-"""The noise floor: what is measured, how it is kept, and what it takes away from figures."""
+"""The noise floor: measuring and storing it, and its effect on verdicts and shown digits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REQUEST = EvaluationRequest("stdlib", "strided", TOKENS)
 
 
 def make_floor(perplexity: float, kl: float, **changed: object) -> NoiseFloor:
-    """A floor with these shares, of full precision at 20 and a plan at 25."""
+    """Return a floor with these shares, for perplexity 20 at full precision and 25 quantized."""
     conditions = (
         Condition("as usual", 20.0, 25.0, 0.1),
         Condition("in float64", 20.0, 25.0 * (1 + perplexity), 0.1 * (1 - kl)),
@@ -67,11 +67,11 @@ def measured(session) -> NoiseFloor:
 
 @pytest.fixture(scope="module")
 def outcome(session, measured) -> dict:
-    """A run beside the floor."""
+    """The result of a run with a known floor."""
     return session.run(session.plan("uniform", base="3.13"), "hqq", REQUEST)
 
 
-# --- what is measured -----------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------
 
 
 def test_conditions_are_the_same_model_computed_otherwise(measured, session):
@@ -139,7 +139,7 @@ def test_wrong_inputs(session):
         session.measure_noise(EvaluationRequest("no-such-file.txt"))
 
 
-# --- where it is seen -------------------------------------------------------------------------
+# --- reporting --------------------------------------------------------------------------------
 
 
 def test_run_tells_the_floor(session, measured, outcome):
@@ -156,7 +156,7 @@ def test_run_tells_the_floor(session, measured, outcome):
 
 
 def test_unknown_floor_says_how_it_is_measured(session, measured, tmp_path, capsys):
-    """Another dtype, protocol or database: a reason with the command, which then measures it."""
+    """The reason names the command that measures the floor, and running it does so."""
     db = str(tmp_path / "other.duckdb")
     where = ["--db", db, "--model", "demo", "--max-tokens", "300"]
     assert main(["eval", *where, "--json"]) == 0
@@ -235,7 +235,7 @@ def test_difference_of_two_runs_ties_below_the_floor(session, measured, outcome)
     st.one_of(st.none(), st.floats(0, 0.5)),
 )
 def test_shown_digits_are_above_the_floor(value, noise):
-    """What is shown is the figure to half a unit of its last digit, which is above the noise."""
+    """A figure is rounded to a digit whose unit is above the noise."""
     text = format_figure(value, noise)
     digits = text.partition(".")[2]
     unit = 10.0 ** -len(digits)

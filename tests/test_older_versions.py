@@ -1,7 +1,7 @@
-"""Databases and saved models of version 0.3.0 open, with the figures that it printed.
+"""Databases and saved models of version 0.3.0 still open and give the figures it printed.
 
-``tests/data/version_0.3.0`` was made by that version from a random Llama of four blocks: three runs
-by round-to-nearest on 300 tokens of ``text.txt``, the first of which was saved.
+``tests/data/version_0.3.0`` was made by that version from a random four-block Llama: three runs
+with round-to-nearest on 300 tokens of ``text.txt``; the model of the first was saved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lsq_core.stages.saved import evaluate_saved
 from lsq_core.store.store import Store
 
 DATA = Path(__file__).parent / "data" / "version_0.3.0"
-#: Method to perplexity and measured bytes, as 0.3.0 printed them.
+#: Perplexity and measured bytes printed by 0.3.0, by method.
 RUNS = {
     "mxq": (49.002359180335326, 77_624),
     "sensiboost": (49.04080315059402, 64_888),

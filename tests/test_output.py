@@ -1,4 +1,4 @@
-"""The command line's output on narrow terminals and closed pipes, and the status of bad input."""
+"""Command-line output on ASCII terminals and closed pipes, and the exit status of bad input."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_cli_undecodable_file_name_in_output(tmp_path):
 
 
 def test_no_name_acts_on_the_terminal(tmp_path, capsys, random_model):
-    """Names come from files and databases of others too."""
+    """Names may come from other people's files and databases."""
     name, shown = "\x1b]0;title\x07\x9b2J\u202e", r"\x1b]0;title\x07\x9b2J\u202e"
     for arguments in (["audit", name], ["inspect", "--model", f"{name}/x"], ["jobs", "x", name]):
         with suppress(SystemExit):
@@ -95,11 +95,11 @@ def test_no_name_acts_on_the_terminal(tmp_path, capsys, random_model):
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_cli_closed_stdout_exit_0(tmp_path, more):
-    """As ``head -1`` does; what was to be done is done."""
+    """As with ``head -1``; the command still completes."""
     arguments = [sys.executable, "-m", "lsq_core", "disk", *more]
     arguments += ["--db", str(tmp_path / "x.duckdb")]
     reading, writing = os.pipe()
-    os.close(reading)  # nobody reads from the beginning
+    os.close(reading)  # there is no reader from the start
     with os.fdopen(writing, "wb") as closed_pipe:
         completed = subprocess.run(arguments, cwd=ROOT, stdout=closed_pipe, stderr=subprocess.PIPE)
     assert completed.returncode == 0
@@ -107,7 +107,7 @@ def test_cli_closed_stdout_exit_0(tmp_path, more):
 
 
 def test_cli_closed_stderr_continues(tmp_path):
-    """Its progress goes to a pipe that was closed, and its result is kept."""
+    """Progress goes to a closed pipe; the result is still written."""
     reading, writing = os.pipe()
     os.close(reading)
     out = tmp_path / "plan.json"

@@ -1,4 +1,4 @@
-"""The package as it is installed: what a wheel contains, and that it runs from any folder."""
+"""The installed package: what a wheel contains, and that it runs from any folder."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lsq_core.errors import InputError
 from lsq_core.store.connection import database_path
 from tests.conftest import ROOT
 
-#: Everything that a build reads, and the tests, which have to stay out of it.
+#: All files used by a build, and the tests, which must not be included in it.
 SOURCES = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE"),
     *("app.py", "pages", ".streamlit", "data/demo_model", "data/measured", "lsq_core", "tests"),
 ]
-#: Settings of the machine that runs the tests.
+#: Environment variables that may be set on the machine that runs the tests.
 OWN = ("LSQ_DB", "LSQ_HOME", "XDG_DATA_HOME", "PYTHONPATH")
 
 
 def _build(command: str, source: Path, out: Path) -> None:
-    """Build by the project's own backend, with the setuptools that is installed here."""
+    """Build with the project's own backend and the installed setuptools."""
     code = f"import sys; from setuptools import build_meta; build_meta.{command}(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True
@@ -44,7 +44,7 @@ def _build(command: str, source: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(shared_folder: Callable) -> Path:
-    """A copy of the repository, with what an earlier build left there."""
+    """A copy of the repository, with a file left by an earlier build."""
 
     def fill(folder: Path) -> None:
         skip = shutil.ignore_patterns("__pycache__", "training", "*.pyc")
@@ -72,7 +72,7 @@ def wheel(shared_folder: Callable, checkout: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(shared_folder: Callable, wheel: Path) -> Path:
-    """A folder with the wheel's files, as in site-packages."""
+    """A folder with the wheel's files, like site-packages."""
     return shared_folder("installed", lambda folder: zipfile.ZipFile(wheel).extractall(folder))
 
 
@@ -82,7 +82,7 @@ def _environment(package: Path, **more: str) -> dict[str, str]:
 
 
 def lsq(package: Path, cwd: Path, *arguments: str, **more: str) -> dict:
-    """The JSON that a command prints, run by the package in a folder."""
+    """Run a command of a package in a folder, and return the JSON it prints."""
     done = subprocess.run(
         [sys.executable, "-m", "lsq_core", *arguments, "--json"],
         cwd=cwd,
@@ -98,7 +98,7 @@ def _names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-# --- what is in it --------------------------------------------------------------------------
+# --- wheel contents -------------------------------------------------------------------------
 
 
 def test_wheel_contains_every_file_needed_at_run_time(wheel):
@@ -243,7 +243,7 @@ def test_installed_server(installed, tmp_path):
         text=True,
     )
     try:
-        lines = iter(process.stderr.readline, "")  # the first say what is imported
+        lines = iter(process.stderr.readline, "")  # the first ones report imports
         assert any(f"http://127.0.0.1:{port}/" in line for line in lines)
         assert _get(f"http://127.0.0.1:{port}/_stcore/health") == b"ok"
         assert b"<html" in _get(f"http://127.0.0.1:{port}/")
@@ -253,7 +253,7 @@ def test_installed_server(installed, tmp_path):
 
 
 def _get(url: str) -> bytes:
-    """What a server answers that is just being started."""
+    """Return the response of a server, retrying for up to 60 s while it starts."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -288,7 +288,7 @@ def test_editable_install_uses_the_checkout(checkout, tmp_path):
     assert done.stdout.splitlines() == [str(data), str(data / "demo_model"), "None"], done.stderr
 
 
-# --- where data goes ------------------------------------------------------------------------
+# --- data folder ----------------------------------------------------------------------------
 
 
 def test_data_folder_in_a_checkout(monkeypatch):

@@ -1,4 +1,4 @@
-"""Packing to the bit, stored metadata, and what they cost against ``hqq`` itself."""
+"""Bit packing and stored metadata, and their error compared with that of ``hqq`` itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_pack_bits_round_trip_and_size(bits, count, seed):
 
 
 def test_pack_bits_lowest_bits_first():
-    """The layout is part of the file format, so it is written down by value."""
+    """The layout is part of the file format, so it is tested with explicit values."""
     assert pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
     eight = torch.tensor([1, 0, 0, 0, 0, 0, 0, 7], dtype=torch.uint8)
     assert pack_bits(eight, 3).tolist() == [1, 0, 0xE0]
@@ -74,7 +74,7 @@ def test_8_bit_metadata_error_within_half_step(count, seed, size):
     for begin in range(0, count, 128):
         part = values[begin : begin + 128]
         spread = part.max() - part.min()
-        # half a step of the range, which is a little wider for being kept in fp16
+        # half a step of the range, which is a little wider because it is stored in fp16
         allowed = spread / 510 + part.abs().max() * 2**-9 / 255 + 1e-7
         assert (decoded[begin : begin + 128] - part).abs().max() <= allowed
 
@@ -113,7 +113,7 @@ def demo_weights():
 
 
 def frobenius_error(weights, config, axis, metadata, name="hqq"):
-    """Frobenius error of our storage over several matrices."""
+    """Return the total Frobenius error of our storage over several matrices."""
     quantizer = get_quantizer(name)
     return sum(
         (
@@ -124,7 +124,7 @@ def frobenius_error(weights, config, axis, metadata, name="hqq"):
 
 
 def hqq_error(weights, config, axis, optimize=True):
-    """The same, by the package's own quantize and dequantize."""
+    """Return the same total for the ``hqq`` package's own quantize and dequantize."""
     total = 0.0
     for weight in weights:
         codes, meta = HqqPackage.quantize(
@@ -155,7 +155,7 @@ def test_rtn_error_matches_hqq_without_solver(demo_weights, config):
 
 @pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
 def test_8_bit_metadata_adds_little_error(demo_weights, config):
-    """Rounding codes on the grid as stored keeps it far below the quantization error itself."""
+    """Codes are rounded on the stored grid, which keeps it far below the quantization error."""
     fp16 = frobenius_error(demo_weights, config, 1, "fp16")
     added = frobenius_error(demo_weights, config, 1, "8bit") / fp16 - 1
     assert added < (0.06 if config.bits == 8 else 0.001)
@@ -182,7 +182,7 @@ def test_degenerate_matrices(weight, metadata, name):
 
 
 def test_zero_row_does_not_affect_other_groups(demo_weights):
-    """Without care a constant group's scale of 1 takes the 8-bit range of 127 others."""
+    """A naive scale of 1 for a constant group would dominate the 8-bit range of 127 others."""
     weight = demo_weights[0].clone()
     config, quantizer = QuantConfig(4, 128), get_quantizer("hqq")
     error_before = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
@@ -216,7 +216,7 @@ def test_demo_model_shape_and_size():
     ("interpret", "arguments", "said"), [("1", [], "58 matrices"), ("0", ["compile"], "compiled")]
 )
 def test_triton_kernels(interpret, arguments, said):
-    """In a process of its own, because Triton reads the variable when it is imported."""
+    """Runs in a subprocess, because Triton reads the variable when it is imported."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton_packed", *arguments],
         env=os.environ | {"TRITON_INTERPRET": interpret},

@@ -1,4 +1,4 @@
-"""Planners: Algorithm 1 by hand, the published plans, budgets kept, MXQ against brute force."""
+"""Planners: Algorithm 1 in plain Python, published objectives, budgets, MXQ by brute force."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TYPES = ("self_attn.q_proj", "mlp.down_proj")
 
 
 def problem(layers: int = 32, seed: int = 0, spikes: dict[int, float] | None = None) -> Problem:
-    """Two modules a layer with smooth scores, and spikes where asked."""
+    """Return a problem with two modules per layer, smooth scores, and the given spikes."""
     random = np.random.default_rng(seed)
     matrices = tuple(
         Matrix(f"model.layers.{i}.{kind}", i, kind, 128, 128 * (1 + j))
@@ -58,7 +58,7 @@ needs_reference = pytest.mark.skipif(
 
 
 def published_problem(model: str) -> Problem:
-    """What the authors measured of a model: kurtosis, sensitivity and weight errors."""
+    """Return the authors' measurements of a model: kurtosis, sensitivity and weight errors."""
     table = pd.read_csv(REFERENCE / f"src/data/fnorm-{model}.csv")
     table = table.drop_duplicates(["layer", "module", "nbit1", "gsize1"])
     modules = table.drop_duplicates(["layer", "module"])
@@ -86,7 +86,7 @@ def reference_outliers(series: list[float], ratios: bool, limit: float = 3.0) ->
     assume(deviation > 1e-9 * max(map(abs, differences)))
     z = {i + 1: abs(d - mean) / deviation for i, d in enumerate(differences)}
     near = sorted([*z.values(), limit])
-    assume(all(b - a > 1e-9 * b for a, b in itertools.pairwise(near)))  # rounding decides no case
+    assume(all(b - a > 1e-9 * b for a, b in itertools.pairwise(near)))  # no case is a rounding tie
     return sorted((i for i in z if z[i] > limit), key=lambda i: -z[i])
 
 
@@ -120,7 +120,7 @@ def test_detect_outliers_trimming_matches_scipy(series):
 
 
 def test_shallow_model_adds_note():
-    """With n differences the largest possible z-score is (n - 1)/√n."""
+    """With n differences, the largest possible z-score is (n - 1)/√n."""
     one_spike = np.r_[np.zeros(10), 1.0]
     detection = detect_outliers(one_spike, ratios=False)
     assert detection.z.max() == pytest.approx(largest_possible_z(11))
@@ -190,7 +190,7 @@ def test_ablation_draws_equal_count_from_unflagged(method):
 
 
 def test_ablation_too_few_layers_raises():
-    # every second layer stands out, so the rest has too few
+    # the last two of 24 layers are outliers, but not among the last three alone
     spiky = problem(layers=24, spikes=dict.fromkeys(range(1, 24, 2), 1.0))
     spiky.scores["kurtosis"][:] = 3.0
     spiky.scores["kurtosis"][1::2] = 3.0
@@ -209,7 +209,7 @@ def test_ablation_too_few_layers_raises():
 
 
 def _ablation_of_everything(small: Problem) -> None:
-    """An ablation of a method that picked every layer."""
+    """Plan the ablation of a method that picks every layer."""
     from lsq_core.planning.methods.boost import SensiBoost, SensiBoostAblation
 
     class Greedy(SensiBoost):
@@ -298,7 +298,7 @@ def test_indivisible_matrix_raises_naming_it():
 
 
 def knapsack(seed: int, modules: int = 3) -> Problem:
-    """A few matrices of different sizes with random costs that mostly fall with the bits."""
+    """Return a few matrices of different sizes, with random costs that mostly fall with bits."""
     random = np.random.default_rng(seed)
     matrices = tuple(
         Matrix(f"m.{i}", i, "x", 128, 128 * int(random.integers(1, 4))) for i in range(modules)
@@ -309,7 +309,7 @@ def knapsack(seed: int, modules: int = 3) -> Problem:
 
 
 def brute_force_cost(small: Problem, budget: float) -> float:
-    """Brute force: the least cost of every choice within the budget, as loosely as planners."""
+    """Return the least cost of all choices within the budget, with the planners' tolerance."""
     cost, rows = small.by_config["weight_error"], range(len(small.matrices))
     return min(
         cost[rows, list(c)].sum()
@@ -322,7 +322,7 @@ def brute_force_cost(small: Problem, budget: float) -> float:
 @example(seed=0, share=0.9999999999999999)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
 def test_mxq_matches_brute_force(seed, share):
-    """Within the budget, no better than the optimum, never below the bound; exact is optimal."""
+    """Plans meet the budget, bound ≤ optimum ≤ objective, and the exact plan is optimal."""
     small = knapsack(seed)
     low, high = small.feasible
     budget = low + share * (high - low)
@@ -372,7 +372,7 @@ def test_exact_plan_reports_gap():
 
 
 def test_exact_solver_timeout_falls_back_with_note(monkeypatch):
-    """It then gives the frontier's plan and bound, and claims no more than those."""
+    """It then returns the frontier's plan and bound, without claiming a proof."""
     small = knapsack(5, modules=300)
     frontier = make_frontier(small, PlanRequest("mxq"))
     budget = 3.3 * small.total / 8
@@ -392,7 +392,7 @@ def test_exact_solver_timeout_falls_back_with_note(monkeypatch):
 
 
 def test_exact_solver_milp_matches_search(monkeypatch):
-    """CBC, started from where the search ended, finds what the search finds when it may finish."""
+    """CBC, started where the search stopped, finds the same optimum as a completed search."""
     small = knapsack(11, modules=40)
     frontier = make_frontier(small, PlanRequest("mxq"))
     for bits in (2.3, 3.3, 5.1, 7.7):
@@ -407,7 +407,7 @@ def test_exact_solver_milp_matches_search(monkeypatch):
 
 @needs_reference
 def test_exact_objectives_reach_published():
-    """All 526: within the budget no costlier than published, and proven to be the least."""
+    """All 526 plans are within the budget, no costlier than published, and proven optimal."""
     table = pd.read_csv(REFERENCE / "data-vis/data/mxq-objectives.csv")
     assert table.groupby("model").size().to_dict() == {"Llama-2-7b-hf": 263, "Meta-Llama-3-8B": 263}
     compared, saved = 0, []
@@ -424,7 +424,7 @@ def test_exact_objectives_reach_published():
             compared += 1
             saved.append(1 - exact.objective / row.fnorm)
     assert compared == 526
-    # The published ones are optima, too, but for a few that their solver left a little above.
+    # The published objectives are optimal too, except for a few slightly above the optimum.
     assert np.median(np.abs(saved)) < 1e-9
     print(f"526 objectives: at most {max(saved):.2%} below the published ones")
 
@@ -540,7 +540,7 @@ def test_invalid_pin_raises(pin, message):
         make_plan(problem(), PlanRequest("mxq", budget="4bpp", pins=(pin,)))
 
 
-# --- MXQ's edges ------------------------------------------------------------------------------
+# --- edge cases of MXQ ------------------------------------------------------------------------
 
 
 def test_mxq_indivisible_matrix_gets_smaller_groups():
@@ -556,7 +556,7 @@ def test_mxq_smallest_budget_gives_smallest_plan():
     assert {e["config"] for e in plan.modules.values()} == {"b2g128"}
 
 
-# --- plans as files ---------------------------------------------------------------------------
+# --- plan files -------------------------------------------------------------------------------
 
 
 def test_plan_json_round_trip():

@@ -270,7 +270,7 @@ def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F81
     plan_query.request = PlanRequest("mxq", serve="vllm")
     live.set_pins(plan_query, ("*.q_proj=b3g64",))
     assert session["pins"] == ""
-    assert "vLLM has" in session["pins_refused"]
+    assert "vLLM supports" in session["pins_refused"]
 
 
 def test_prediction_band_format():

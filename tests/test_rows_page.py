@@ -58,7 +58,7 @@ def test_rows_page_indivisible_rows_show_error(tmp_path):
     assert not app.exception
     assert first_line(app) == "No such plan."
     (error,) = app.error
-    assert "proj (128×96) has rows that cannot be cut into groups of 128" in error.value
+    assert "proj (128×96) has rows that cannot be divided into groups of 128" in error.value
     assert not [b.label for b in app.button if b.label.startswith("Measure")]
 
 

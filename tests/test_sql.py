@@ -291,7 +291,7 @@ def test_ask_row_limit_cuts_result(copy):
 @pytest.mark.parametrize("text", ["SELECT range(1000000000)", "SELECT repeat('x', 2000000000)"])
 def test_ask_memory_limit_raises(copy, text):
     """DuckDB's own memory limit covers neither query."""
-    with pytest.raises(InputError, match=r"memory than the \d+ MiB") as detail:
+    with pytest.raises(InputError, match=r"memory than its limit of \d+ MiB") as detail:
         sql.run_query(copy, text, time_limit=60)
     assert "\n" not in str(detail.value)
 

@@ -354,7 +354,7 @@ def test_pins_of_tied_modules_must_agree():
 
 def test_pin_to_what_the_server_lacks_raises():
     pins = ("*.0.self_attn.q_proj=b3g64",)
-    with pytest.raises(InputError, match="vLLM has 4 and 8 bits"):
+    with pytest.raises(InputError, match="vLLM supports 4 and 8 bits"):
         make_plan(model(), PlanRequest("mxq", budget="5bpp", pins=pins, serve="vllm"))
 
 
@@ -400,17 +400,17 @@ def test_wrong_server_raises():
         PlanRequest("mxq", ties=QKV)
     with pytest.raises(InputError, match="axis 1"):
         make_plan(model(), PlanRequest("mxq", budget="5bpp", serve="vllm"), axis=0)
-    with pytest.raises(InputError, match="rows have different bits"):
+    with pytest.raises(InputError, match="rows of different bits"):
         make_plan(mixed(), PlanRequest("high-impact", budget="2.2bpp", serve="vllm"))
-    with pytest.raises(InputError, match=r"out of reach.* for vLLM take from 4\.127 bpp"):
+    with pytest.raises(InputError, match=r"out of reach.* for vLLM range from 4\.127 bpp"):
         make_plan(model(), PlanRequest("mxq", budget="3.2bpp", serve="vllm"))
-    with pytest.raises(InputError, match=r"vLLM has .* cannot have b3g128"):
+    with pytest.raises(InputError, match=r"vLLM supports .* cannot have b3g128"):
         make_plan(model(), PlanRequest("sensiboost", base="3.13", serve="vllm"))
 
 
 def test_matrix_that_the_server_cannot_hold_is_named():
     odd = Problem((Matrix("m.0.x", 0, "x", 32, 33),), {}, {"weight_error": np.ones((1, 12))})
-    with pytest.raises(InputError, match=r"m\.0\.x \(32×33\) is left no configuration.*vLLM has"):
+    with pytest.raises(InputError, match=r"m\.0\.x \(32×33\) has no configuration left.*vLLM supports"):
         make_plan(odd, PlanRequest("mxq", budget="5bpp", serve="vllm"))
 
 

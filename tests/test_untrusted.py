@@ -69,7 +69,7 @@ def test_describe_12000_experts_within_10_s(random_model, tmp_path):
 def test_inspect_huge_text_file_refused(model_copy, name):
     with (model_copy / name).open("ab") as file:
         file.truncate(2 * 2**30)  # sparse
-    assert_refused(model_copy, f"{name} has 2.00 GiB")
+    assert_refused(model_copy, f"{name} is 2.00 GiB")
 
 
 def test_inspect_huge_safetensors_header_refused(model_copy):

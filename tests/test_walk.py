@@ -338,7 +338,7 @@ def test_unusable_walk_file_is_reported(demo, ids, tmp_path, monkeypatch, damage
         )
     messages, pairs = evaluate_until(models, demo.model, ids, tmp_path, "")
     (told,) = [message for message in messages if kept.name in message]
-    assert ("is of other models" if damage == "other models" else "is damaged") in told
+    assert ("belongs to other models" if damage == "other models" else "is damaged") in told
     assert told.endswith("Its windows are walked from the start.")
     assert_figures_match(pairs, models, demo.model, ids)
     assert not kept.exists()

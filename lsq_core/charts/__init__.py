@@ -1,7 +1,7 @@
 """Plotly figures from data frames; imports neither Streamlit nor torch.
 
-Each bit width, module type and method has one colour in all figures. Backgrounds are transparent
-and neutral lines mid-grey, so that figures are readable in the light and the dark theme.
+Each bit width, module type and method has the same colour in all figures. Backgrounds are
+transparent and neutral lines mid-grey, so that figures are readable in light and dark themes.
 """
 
 from lsq_core.charts.compared import (

@@ -1,4 +1,4 @@
-"""Comparisons of methods: gain for extra bits, wins and losses, predicted against measured."""
+"""Charts comparing methods: gain for extra bits, wins and losses, predicted vs. measured."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lsq_core.charts.view import View, apply_view, initial_view
 from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.results.gains import is_ablation
 
-#: Wins, ties and losses, distinguishable by colour-blind readers and by lightness.
+#: Colours of wins, ties and losses, distinguishable by lightness and by colour-blind readers.
 OUTCOMES = {"wins": "#0072B2", "ties": "#b9bfc6", "losses": "#D55E00"}
 
 
 def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
-    """Plot the fall in perplexity against the extra bits over a uniform base ([A] Fig. 9).
+    """Plot the drop in perplexity against the extra bits over a uniform base ([A] Fig. 9).
 
-    ``frame`` has ``evaluation, method, label, extra, drop`` of
-    :func:`lsq_core.results.compare.relative_to_base`, and where windows were kept ``low``, ``high``
-    and ``windows``: the 95 % interval of ``drop``, a share, and of how many windows it is. ``base``
-    names the run at the origin. The chart opens on :func:`gain_view`; ablations are faded.
+    ``frame`` has the columns ``evaluation, method, label, extra, drop``, see
+    :func:`lsq_core.results.compare.relative_to_base`, and optionally ``low, high, windows``: the
+    95 % interval of ``drop``, also a fraction, and its number of windows (NaN if unknown). ``base``
+    is the name of the run at the origin. The chart opens on :func:`gain_view`; ablations are faded.
     """
     figure = go.Figure()
     methods = sorted(frame["method"].value_counts().index, key=lambda m: not is_ablation(m))
@@ -52,12 +52,12 @@ def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
 
 
 def gain_view(frame: pd.DataFrame) -> View:
-    """Return the view on which :func:`gain_for_bits` opens, in percent."""
+    """Return the initial view of :func:`gain_for_bits`, in percent."""
     return initial_view(100 * frame["extra"], 100 * frame["drop"], higher_is_better=True)
 
 
 def _add_intervals(trace: go.Scatter, part: pd.DataFrame) -> None:
-    """Draw the intervals that are known as error bars, and give each with its n on hover."""
+    """Draw known intervals as error bars and add them, with their n, to the hover text."""
     if "low" not in part:
         trace.text = [""] * len(part)
         return
@@ -98,10 +98,10 @@ def _marker(style: MethodStyle, size: int) -> dict:
 
 
 def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
-    """Plot how often a method wins, ties and loses, as bars of 100 % ([A] Fig. 6).
+    """Plot how often a method wins, ties and loses, as bars adding up to 100 % ([A] Fig. 6).
 
-    ``frame`` is of :func:`lsq_core.results.compare.figure_6`, for one account of the budget.
-    Bars are in whole percents of all comparisons, their lengths exact.
+    ``frame`` holds rows of :func:`lsq_core.results.compare.figure_6` for one way of matching
+    budgets. Labels are rounded to whole percent; bar lengths are exact.
     """
     names = [
         f"{method_style(row.method).title}<br>against {method_style(row.against).title}"
@@ -135,19 +135,19 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
     return apply_layout(figure, 110 + 56 * len(frame))
 
 
-#: Perplexities less than this share above full precision are drawn there: nobody sees less.
+#: Smallest relative excess over full precision that is drawn; smaller ones are clipped to it.
 LEAST_EXCESS = 0.001
-#: Labelled perplexities, by their excess over full precision.
+#: Labelled perplexities, as relative excesses over full precision.
 _EXCESS_TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
 
 
 def predicted_against_measured(frame: pd.DataFrame, full_precision: float) -> go.Figure:
-    """Plot predicted perplexity with its band against measured perplexity and the identity line.
+    """Plot predicted perplexity with its band against measured perplexity, with the identity line.
 
-    Both axes are of the logarithm of the excess over full precision, on which runs at 3 and at 8
-    bits are equally readable. ``frame`` has ``evaluation, method, label, perplexity, predicted,
-    low, high``; each is predicted from the others. Runs outside :func:`predicted_view` are there
-    when the axes are reset.
+    Both axes show the logarithm of the excess over full precision, on which runs at 3 and at 8
+    bits are equally readable. ``frame`` has the columns ``evaluation, method, label, perplexity,
+    predicted, low, high``; each run is predicted from the others. Resetting the axes shows the runs
+    outside :func:`predicted_view`.
     """
     figure = go.Figure()
     drawn = {name: _excess(frame[name], full_precision) for name in _PERPLEXITIES}
@@ -200,15 +200,15 @@ _PERPLEXITIES = ("perplexity", "predicted", "low", "high")
 
 
 def _excess(perplexity: pd.Series, full_precision: float) -> pd.Series:
-    """Perplexity above full precision as a share of it, at least :data:`LEAST_EXCESS`."""
+    """Return the relative excess over full precision, at least :data:`LEAST_EXCESS`."""
     return (perplexity / full_precision - 1).clip(lower=LEAST_EXCESS)
 
 
 def predicted_view(frame: pd.DataFrame, full_precision: float) -> View:
-    """Return the view on which :func:`predicted_against_measured` opens, the same for both axes.
+    """Return the initial view of :func:`predicted_against_measured`, the same for both axes.
 
-    It is of the runs that are of use (:data:`lsq_core.evaluation.result.UNUSABLE_RATIO`), if any.
-    ``y`` is in decimal logarithms of the excess over full precision.
+    It shows the usable runs (:data:`lsq_core.evaluation.result.UNUSABLE_RATIO`), or all runs if
+    none is usable. Its ranges are decimal logarithms of the excess over full precision.
     """
     measured = frame["perplexity"].astype(float)
     usable = measured <= UNUSABLE_RATIO * full_precision

@@ -1,4 +1,4 @@
-"""The steps of Algorithm 1."""
+"""Chart of the steps of Algorithm 1."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from plotly.subplots import make_subplots
 
 from lsq_core.charts.style import NEUTRAL, apply_layout, ring_markers
 
-#: Colours of flagged layers and of the threshold.
+#: Colour of flagged layers and of the threshold.
 FLAGGED = "#CC3311"
 _BAND = "rgba(138, 146, 156, 0.18)"
-#: Ratio of the largest to the usual value from which an axis is logarithmic.
+#: Ratio of the largest to the typical value above which an axis is logarithmic.
 _LOG_AXIS_RATIO = 12
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionSteps:
-    """Algorithm 1 on one module type: scores at ``layers`` (n,), and for each layer but the first
-    the difference to the one before, its z-score, and whether it was trimmed (n − 1,).
+    """Algorithm 1 applied to one module type.
 
-    ``flagged`` holds indices into ``layers``.
+    ``values`` are the scores at ``layers``, both (n,). For each layer but the first,
+    ``differences`` holds the difference from the previous layer (the ratio to it if ``ratios``),
+    ``z`` its z-score and ``trimmed`` whether it was trimmed, all (n − 1,). ``flagged`` holds
+    indices into ``layers``.
     """
 
     layers: np.ndarray
@@ -42,7 +44,7 @@ def algorithm_steps(
 ) -> go.Figure:
     """Plot scores, their differences with the trimmed band, and z-scores with the threshold.
 
-    ``title`` and ``axis`` are the metric's, ``color`` the module type's.
+    ``title`` and ``axis`` are those of the metric, ``color`` is that of the module type.
     """
     step = "ratio to the previous layer" if steps.ratios else "difference from the previous layer"
     figure = make_subplots(
@@ -89,7 +91,7 @@ def algorithm_steps(
 
 
 def _is_far(values: np.ndarray, typical: float) -> bool:
-    """Return whether a value is so large that the others would be indistinguishable."""
+    """Return whether the largest value would make the others indistinguishable."""
     return bool(values.max() > _LOG_AXIS_RATIO * typical)
 
 
@@ -120,10 +122,10 @@ def _differences(x: np.ndarray, y: np.ndarray, symbol: str, name: str, color: st
 
 
 def _add_band(figure: go.Figure, steps: DetectionSteps) -> None:
-    """Draw the trimmed mean and the threshold on either side of it."""
+    """Draw the trimmed mean and the band of changes within the threshold of it."""
     half_width = steps.threshold * steps.deviation
     low, high = steps.mean - half_width, steps.mean + half_width
-    if steps.ratios:  # none is below zero, and a logarithmic axis knows no zero
+    if steps.ratios:  # ratios are not negative, and a logarithmic axis has no zero
         low = max(low, 1e-9)
     ends = [steps.layers[0], steps.layers[-1]]
     figure.add_trace(
@@ -176,7 +178,7 @@ def _add_threshold(figure: go.Figure, steps: DetectionSteps) -> None:
 
 
 def _add_rings(figure: go.Figure, steps: DetectionSteps) -> None:
-    """Ring the flagged layers in the scores and in the differences."""
+    """Ring the flagged layers among the scores and the differences."""
     flagged_indices = list(steps.flagged)
     places = (
         (steps.layers[flagged_indices], steps.values[flagged_indices], 1),

@@ -1,4 +1,4 @@
-"""Scores by layer and module as a heatmap."""
+"""Heatmap of scores by layer and module."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import plotly.graph_objects as go
 from lsq_core.charts.layers import Panel
 from lsq_core.charts.style import apply_layout, layer_axis
 
-#: Ratio of the largest to the smallest score from which colours are logarithmic.
+#: Ratio of the largest to the smallest positive score from which colours are logarithmic.
 _LOG_RATIO = 10
-#: Decades from which only powers of ten are labelled on the colour bar.
+#: Number of decades from which the colour bar labels only powers of ten.
 _WIDE_DECADES = 2
-#: Heights in pixels: of a row, of all around the cells, of the title and of the axis below.
+#: Heights in pixels: one row, everything around the cells, the title, and the axis below.
 _ROW_HEIGHT, _FRAME_HEIGHT, _TITLE_HEIGHT, _BELOW_AXIS = 34, 140, 30, 46
-#: Fewer rows are drawn as high as these.
+#: Heatmaps with fewer rows are as tall as one with this many.
 _MIN_ROWS = 4
-#: Flagged cells: a mark for each direction, white with a dark edge, to stand out on every colour.
+#: Marker and name of flagged cells, by whether the score rises. Markers are white with a dark edge,
+#: to stand out on every colour.
 _MARKS = {True: ("triangle-up", "jump"), False: ("triangle-down", "fall")}
 
 
 def layer_heatmap(panel: Panel) -> go.Figure:
-    """Plot one metric by layer (columns) and module (rows, in the order of the computation).
+    """Plot one metric by layer (columns) and module (rows, in order of computation).
 
-    Colours are logarithmic where the scores span a decade or more. Cells that Algorithm 1 flags
-    are marked: up where the score rises from the layer before, down where it falls. ``customdata``
-    holds the scores as they are.
+    Colours are logarithmic if the scores span a decade or more and none is negative. Cells flagged
+    by Algorithm 1 are marked with an upward triangle if the score rises from the previous layer,
+    else a downward one. ``customdata`` holds the untransformed scores.
     """
     frame = panel.frame.assign(row=panel.frame["label"].map(short_names))
     rows = list(dict.fromkeys(frame["row"]))
@@ -83,7 +84,7 @@ def short_names(label: str) -> str:
 
 
 def spans_decades(values: np.ndarray) -> bool:
-    """Return whether positive scores span a decade or more, and none is below zero."""
+    """Return whether the positive scores span a decade or more and none is negative."""
     known = values[np.isfinite(values)]
     positive = known[known > 0]
     if not len(positive) or (known < 0).any():
@@ -92,7 +93,7 @@ def spans_decades(values: np.ndarray) -> bool:
 
 
 def _color_bar(title: str, shown: np.ndarray, log: bool) -> dict:
-    """Return the colour bar, labelled with scores rather than their logarithms."""
+    """Return colour bar settings, with scores rather than their logarithms as labels."""
     bar = {
         "title": {"text": title, "side": "bottom", "font": {"size": 12}},
         "orientation": "h",
@@ -110,7 +111,7 @@ def _color_bar(title: str, shown: np.ndarray, log: bool) -> dict:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return logarithms to label: powers of ten, and 2 and 5 times them over a narrow range."""
+    """Return the logarithms to label: powers of ten, and over a narrow range 2 and 5 times them."""
     if high - low < _WIDE_DECADES:
         fractions = np.log10([1, 2, 5])
         ticks = [e + f for e in range(int(np.floor(low)), int(np.ceil(high))) for f in fractions]
@@ -120,7 +121,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _power(exponent: float) -> str:
-    """Write ten to a power: as a number near one, else as a power of ten."""
+    """Format ten to the given power: as a plain number if near one, else as a power of ten."""
     if exponent == int(exponent) and abs(exponent) > 2:
         return f"10<sup>{int(exponent)}</sup>".replace("-", "−")
     return f"{10**exponent:.3g}"

@@ -1,4 +1,4 @@
-"""Scores over layers."""
+"""Line charts of scores over layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from lsq_core.charts.style import apply_layout, in_two_lines, layer_axis, module
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One metric over layers: ``frame`` has ``type, label, layer, value`` and, where Algorithm 1
-    flagged a point, its ``z`` (else NaN) and whether the score ``rises`` there."""
+    """One metric over layers.
+
+    ``frame`` has the columns ``type, label, layer, value, z, rises``. ``z`` is the z-score of
+    points flagged by Algorithm 1 and NaN for the others; ``rises`` is whether the score increases
+    from the previous layer to a flagged one.
+    """
 
     frame: pd.DataFrame
     title: str
@@ -23,15 +27,15 @@ class Panel:
     log: bool = False
 
 
-#: Height of a panel, and of all that stands above and below the panels, in pixels.
+#: Height of one panel, and total height above and below the panels, in pixels.
 _PANEL_HEIGHT, _FRAME_HEIGHT = 170, 129
 
 
 def over_layers(panels: Sequence[Panel]) -> go.Figure:
-    """Stack panels with a common layer axis; flagged points are ringed.
+    """Stack panels over a shared layer axis and ring the flagged points.
 
-    Panels with the same lines share a legend: the first panel's stands above it, another below
-    all panels. Rows of a legend break where the screen is narrow.
+    Panels with the same lines share a legend. The first panel's legend is above it, any others are
+    below all panels. Legends wrap on narrow screens.
     """
     figure = make_subplots(
         rows=len(panels),
@@ -57,7 +61,7 @@ def over_layers(panels: Sequence[Panel]) -> go.Figure:
     layers = max(int(panel.frame["layer"].max()) for panel in panels) + 1
     figure.update_xaxes(**layer_axis(layers))
     figure.update_xaxes(title_text="layer", row=len(panels), col=1)
-    for note in figure.layout.annotations:  # the panels' titles, to the left
+    for note in figure.layout.annotations:  # left-align the panel titles
         note.update(x=0, xanchor="left", font_size=13)
     height = _PANEL_HEIGHT * len(panels)
     for number, legend in enumerate(legends.values()):
@@ -67,7 +71,7 @@ def over_layers(panels: Sequence[Panel]) -> go.Figure:
 
 
 def _place_legend(figure: go.Figure, legend: str, number: int, height: float) -> None:
-    """Put the first legend above the title of its panel, the n-th below the layer axis."""
+    """Place the first legend above its panel's title and any others below the layer axis."""
     if number == 0:
         place = {"y": 1 + 22 / height, "yanchor": "bottom"}
     else:

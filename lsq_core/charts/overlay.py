@@ -1,4 +1,4 @@
-"""Patterns over layers in one chart, their correlations, and ranks by two metrics."""
+"""Charts of several patterns over layers, their correlations, and ranks by two metrics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from plotly.subplots import make_subplots
 
 from lsq_core.charts.style import NEUTRAL, apply_layout, module_color, ring_markers, short_type
 
-#: Colours of lines that are neither bits nor modules nor methods (after Tol's bright and vibrant
-#: schemes); when they repeat the line is dashed.
+#: Colours of lines that do not represent bits, modules or methods (after Tol's bright and vibrant
+#: schemes); repeated colours are distinguished by dashes.
 LINE_COLORS = (
     "#4477AA",
     "#EE6677",
@@ -37,7 +37,7 @@ _DIVERGING = [
 
 @dataclass(frozen=True)
 class LineStyle:
-    """The style of one line in every facet."""
+    """The style of a line, the same in every facet."""
 
     color: str
     dash: str = "solid"
@@ -56,9 +56,9 @@ def overlay_lines(
     log: bool,
     height: int = 520,
 ) -> go.Figure:
-    """Plot lines over layers, one facet per part.
+    """Plot lines over layers, with one facet per part.
 
-    ``frame`` has ``line, part, layer, value``; ``styles`` has a style for each line.
+    ``frame`` has the columns ``line, part, layer, value``; ``styles`` maps each line to its style.
     """
     parts = list(dict.fromkeys(frame["part"]))
     columns = 1 if len(parts) == 1 else 2
@@ -106,7 +106,7 @@ def _line(points: pd.DataFrame, name: str, style: LineStyle, in_legend: bool) ->
 
 
 def correlation_heatmap(correlations: pd.DataFrame, height: int = 520) -> go.Figure:
-    """Plot Spearman's ρ of all pairs of lines; empty if two cannot be compared."""
+    """Plot Spearman's ρ of all pairs of lines; cells of NaN are blank."""
     names = list(correlations.index)
     values = correlations.to_numpy()
     figure = go.Figure(
@@ -142,10 +142,11 @@ def correlation_heatmap(correlations: pd.DataFrame, height: int = 520) -> go.Fig
 def rank_scatter(
     frame: pd.DataFrame, x_title: str, y_title: str, picked: str | None = None, height: int = 520
 ) -> go.Figure:
-    """Plot ranks of matrices by two metrics: ``module, type, layer, x, y, x_rank, y_rank``.
+    """Plot the ranks of matrices by two metrics.
 
-    Rank 1 is the largest, at the right and top. Each point has its module as
-    ``customdata[0]``; the module ``picked`` is ringed. On the dotted line the metrics agree.
+    ``frame`` has the columns ``module, type, layer, x, y, x_rank, y_rank``. Rank 1, the largest
+    value, is at the right and top; ranks are equal on the dotted line. ``customdata[0]`` of each
+    point is its module; the module ``picked`` is ringed.
     """
     figure = go.Figure()
     last = len(frame)

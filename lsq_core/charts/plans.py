@@ -1,4 +1,4 @@
-"""Plans: the configuration of each matrix, and methods over the budget."""
+"""Charts of plans: the configuration of each matrix, and the frontiers of methods."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from lsq_core.charts.style import (
 
 
 def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
-    """Plot a plan as layers (left to right) by module types (in the order of the computation).
+    """Plot a plan by layer (left to right) and module type (in order of computation).
 
-    ``frame`` has a row for each matrix: ``type, layer, config, z`` (``z`` what ranked a moved
-    matrix, else NaN). Experts of a layer share a cell, which shows the commonest configuration.
-    A ``narrow`` figure is half a page wide: its cells say a name only where 7 layers leave room.
+    ``frame`` has one row per matrix, with the columns ``type, layer, config, z``; ``z`` is the
+    score that ranked a promoted matrix, NaN for the others. Experts of a layer share a cell, which
+    shows their most common configuration. A ``narrow`` figure is half a page wide and labels its
+    cells only up to half as many layers.
     """
     cells = _cells(frame)
     options = _used_configs(frame["config"])
@@ -61,10 +62,10 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
     if len(layers) <= 48:
         few = len(layers) <= (24 if narrow else 32)
         figure.update_xaxes(dtick=(2 if few else 4) if narrow else (1 if few else 2))
-    legend = LEGEND_ABOVE | {"maxheight": 1}  # else it scrolls from half the figure's height on
+    legend = LEGEND_ABOVE | {"maxheight": 1}  # else it scrolls if taller than half the figure
     if narrow:
         legend |= {"title": {"text": "bits × matrices", "side": "top"}, "entrywidth": 50}
-    figure.update_layout(legend=legend, showlegend=True)  # of a single configuration, too
+    figure.update_layout(legend=legend, showlegend=True)  # even for a single configuration
     return apply_layout(figure, 96 + max((22 if narrow else 30) * len(kinds), 60))
 
 
@@ -89,9 +90,9 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _used_configs(configs: pd.Series) -> list[Config]:
-    """Return the ladder, or for mixed rows the configurations in use, from few bits to many.
+    """Return the ladder, or for mixed rows the configurations in use, sorted by bits.
 
-    It is the paper's where that has all of them.
+    The ladder is the paper's if it contains all configurations in use, else the extended one.
     """
     names = {name for name in configs.unique() if isinstance(name, str)}
     mixed = [name for name in names if is_mixed(name)]
@@ -102,7 +103,7 @@ def _used_configs(configs: pd.Series) -> list[Config]:
 
 
 def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
-    """Return cell labels: full names if there is room, short ones if there is less, else none."""
+    """Return cell labels: full names if there is room for them, else short ones or none."""
     stops = {c.name: c.stop_name for c in _used_configs(configs.stack())}
 
     def words(name: object) -> str:
@@ -123,9 +124,9 @@ def _steps(options: Sequence[Config]) -> list[list[float | str]]:
 
 
 def _config_legend(figure: go.Figure, configs: pd.Series, narrow: bool) -> None:
-    """Add a legend entry per configuration in use, with its number of matrices.
+    """Add a legend entry for each configuration in use, with its number of matrices.
 
-    Those of a ``narrow`` figure are short, so that they stand side by side on a phone.
+    Entries of a ``narrow`` figure are short enough to fit side by side on a phone.
     """
     counts = configs.value_counts()
     for config in _used_configs(configs):
@@ -146,19 +147,20 @@ def _config_legend(figure: go.Figure, configs: pd.Series, narrow: bool) -> None:
 # --- frontiers ------------------------------------------------------------------------------
 
 
-#: Perplexities up to this multiple of the smallest are in the initial view.
+#: Predicted perplexities up to this multiple of the smallest are in the initial view.
 _VISIBLE_VALUE_RATIO = 6
-#: From which ratio of the largest to the least visible value on the axis is logarithmic.
+#: Ratio of the largest to the smallest visible value above which the axis is logarithmic.
 _LOG_RATIO = 2
-#: Up to which ratio to the least value nothing counts as lost, and the bits shown beyond that.
+#: Ratio to the smallest value up to which a plan counts as lossless, and the additional bits shown
+#: beyond the smallest lossless plan.
 _LOSSLESS_RATIO, _BITS_BEYOND = 1.005, 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class FrontierLine:
-    """A method's plans over the budget: ``bits`` (k,) per parameter and the ``value`` (k,) of each.
+    """A method's plans by budget: ``bits`` (k,) per parameter and the ``value`` (k,) of each plan.
 
-    ``low`` and ``high`` (k,) are the ends of its band if the value is a prediction.
+    ``low`` and ``high`` (k,) are the ends of the value's band if it is a prediction.
     """
 
     method: str
@@ -169,9 +171,9 @@ class FrontierLine:
 
 
 def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> go.Figure:
-    """Plot the frontiers of methods, with the measured runs on them.
+    """Plot the frontiers of methods, with measured runs as markers.
 
-    ``runs`` has ``method, label, bits_per_param, value``.
+    ``runs`` has the columns ``method, label, bits_per_param, value``.
     """
     figure = go.Figure()
     for line in lines:
@@ -194,7 +196,7 @@ def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> g
     bits = np.concatenate([*(line.bits for line in lines), runs["bits_per_param"]])
     values = np.concatenate([*(line.value for line in lines), runs["value"]]).astype(float)
     predicted = any(line.low is not None for line in lines)
-    known = np.isfinite(values)  # a profile by NF4 has errors at some configurations only
+    known = np.isfinite(values)  # an NF4 profile has errors only at some configurations
     if known.any():
         ratio = _VISIBLE_VALUE_RATIO if predicted else np.inf
         _limit_view(figure, bits.astype(float)[known], values[known], ratio)
@@ -205,10 +207,10 @@ def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> g
 
 
 def _limit_view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, max_ratio: float) -> None:
-    """Limit the initial view to where there is a choice; resetting the axes shows the rest.
+    """Limit the initial view to budgets that matter; resetting the axes shows the rest.
 
-    A model broken at 2 bits would else press everything else into a line, and the bits at which
-    nothing is lost any more would take most of the width.
+    Otherwise a model broken at 2 bits would flatten all other values into a line, and budgets
+    beyond which nothing improves would take up most of the width.
     """
     least, most = values.min(), values.max()
     limit = min(max_ratio * least, most)
@@ -261,10 +263,10 @@ def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
 
 
 def plan_ring(shares: pd.Series, title: str) -> go.Figure:
-    """Plot the share of each configuration in a plan's bytes ([A] Fig. 8), as a ring.
+    """Plot each configuration's share of a plan's bytes as a ring ([A] Fig. 8).
 
-    ``shares`` is of :func:`lsq_core.results.compare.byte_shares`; ``title``, in the middle, is
-    short.
+    ``shares`` is from :func:`lsq_core.results.compare.byte_shares`; ``title``, shown in the middle,
+    should be short.
     """
     configs = [parse_config(name) for name in shares.index]
     figure = go.Figure(
@@ -278,7 +280,7 @@ def plan_ring(shares: pd.Series, title: str) -> go.Figure:
             hole=0.62,
             sort=False,
             direction="clockwise",
-            # Names stand outside, on the theme's own background.
+            # Outside the ring, labels have the theme's background.
             textposition="outside",
             text=[f"{100 * share:.1f} %" for share in shares],
             texttemplate="%{label}<br>%{text}",

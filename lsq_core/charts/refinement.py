@@ -1,4 +1,4 @@
-"""A refinement: the measured divergence after each step."""
+"""Chart of a refinement: the measured divergence after each step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from lsq_core.charts.style import NEUTRAL, apply_layout, method_style
 
 
 def refinement_steps(frame: pd.DataFrame) -> go.Figure:
-    """Plot the divergence over the steps: ``step, kl, expected, changed`` a row.
+    """Plot the measured and the expected divergence of each step.
 
-    ``expected`` is what the expansion about the step before expected, NaN at the start, and
-    ``changed`` the number of matrices that got another configuration.
+    ``frame`` has the columns ``step, kl, expected, changed``. ``expected`` is the divergence
+    predicted by the expansion around the previous step, NaN at the start; ``changed`` is the number
+    of matrices whose configuration differs from the previous step.
     """
     style = method_style("refined")
     figure = go.Figure()

@@ -1,4 +1,4 @@
-"""High-impact rows: ratios over the layers, interactions in a block, predicted against measured."""
+"""Charts of high-impact rows: ratios by layer, interactions in a block, predicted vs. measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lsq_core.charts.style import (
 def ratio_lines(frame: pd.DataFrame) -> go.Figure:
     """Plot the ratio of high-impact rows over layers, one line per module type ([C] Fig. A.2).
 
-    ``frame`` has ``type, layer, ratio`` a row.
+    ``frame`` has the columns ``type, layer, ratio``.
     """
     figure = go.Figure()
     for kind, part in frame.groupby("type", sort=False):
@@ -63,10 +63,10 @@ def ratio_lines(frame: pd.DataFrame) -> go.Figure:
 def interaction_heatmap(
     matrix: np.ndarray, units: Sequence[str], ratios: Sequence[float]
 ) -> go.Figure:
-    """Plot a block's M (u·r, u·r), normalized by its diagonal: ``M_ij / √(M_ii·M_jj)``, −1 to 1.
+    """Plot a block's M (u·r, u·r), normalized by its diagonal: ``M_ij / √(|M_ii·M_jj|)``.
 
-    Red is worse together than alone, blue better; 0 on the diagonal's own tiles, of whose options
-    only one holds at a time.
+    Red pairs are worse together than apart, blue pairs better. Diagonal tiles are blank, since only
+    one ratio of a unit applies at a time.
     """
     scale = np.sqrt(np.abs(np.diag(matrix)))
     scale = np.where(scale > 0, scale, 1.0)
@@ -107,9 +107,10 @@ def interaction_heatmap(
 
 
 def predicted_loss_scatter(frame: pd.DataFrame, measured: str) -> go.Figure:
-    """Plot the measured against the predicted loss of runs: ``predicted, measured``.
+    """Plot the measured loss of runs against the predicted loss, on logarithmic axes.
 
-    ``ratios`` and ``quantizer`` set the marker; ``label`` is the hover text.
+    ``frame`` has the columns ``predicted, measured, ratios, quantizer, label``. Ratios and
+    quantizer determine the marker; ``label`` is the hover text. ``measured`` is the y-axis title.
     """
     figure = go.Figure()
     symbols = {"full": "circle", "diagonal": "diamond", "uniform": "square"}

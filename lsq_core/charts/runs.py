@@ -1,4 +1,4 @@
-"""Sizes of a model, and runs by size and perplexity."""
+"""Charts of a model's sizes, and of runs by size and perplexity."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from lsq_core.units import GIB, MIB
 
 
 def size_bars(frame: pd.DataFrame) -> go.Figure:
-    """Plot a model's size by configuration: ``name, config, linear_bytes, other_bytes``.
+    """Plot a model's size by configuration.
 
-    The row without a configuration is the model as it is.
+    ``frame`` has the columns ``name, config, linear_bytes, other_bytes``. The row without a
+    configuration is the model as stored.
     """
     by_name = {c.name: config_color(c) for c in EXTENDED_LADDER}
     whole = frame["linear_bytes"] + frame["other_bytes"]
@@ -64,9 +65,9 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
 
 @dataclass(frozen=True)
 class SizeMeasure:
-    """A measure of a run's size: its column and axis title.
+    """A measure of a run's size: its column, axis title, unit, and column values per unit.
 
-    Accounts are never mixed in one chart.
+    Size measures are never mixed in one chart.
     """
 
     column: str
@@ -83,7 +84,7 @@ BITS = SizeMeasure("bits_per_param", "nominal bits per linear weight, metadata i
 
 @dataclass(frozen=True)
 class QualityMeasure:
-    """A quality measure of a run: its column, axis title, and whether higher is better."""
+    """A quality measure of a run: its column, axis title, unit, and whether higher is better."""
 
     column: str
     title: str
@@ -98,7 +99,7 @@ class QualityMeasure:
         return f"{self.title} ({unit}{'higher' if self.higher_is_better else 'lower'} is better)"
 
     def cost(self, frame: pd.DataFrame) -> pd.Series:
-        """The column, negated if higher is better, so that lower is always better."""
+        """Return the column, negated if higher is better, so that lower is always better."""
         values = frame[self.column].astype(float)
         return -values if self.higher_is_better else values
 
@@ -107,7 +108,7 @@ PERPLEXITY = QualityMeasure("perplexity", "perplexity")
 KL = QualityMeasure("kl", "KL divergence from full precision", "nats")
 TOP1 = QualityMeasure("top1", "same top token as full precision", "%", 0.01, higher_is_better=True)
 
-#: Number of runs from which markers are smaller, so that they overlap less.
+#: Number of runs above which markers are smaller, so that they overlap less.
 _SMALL_MARKER_RUNS = 60
 
 
@@ -119,18 +120,27 @@ def perplexity_by_size(
     quality: QualityMeasure = PERPLEXITY,
     files: pd.DataFrame | None = None,
 ) -> go.Figure:
-    """Plot perplexity, or another quality, against size; a marker and colour per method.
+    """Plot perplexity, or another quality measure, against size.
 
-    A uniform plan by another quantizer than HQQ is a baseline, with its own marker.
+    Each method has its own marker and colour. Uniform plans with quantizers other than HQQ are
+    baselines with markers of their own. Uniform HQQ runs are joined to a reference curve and
+    Pareto-optimal runs to a front, both labelled at their ends. Full precision's perplexity is a
+    horizontal line. Ablations are faded. The chart opens on :func:`size_view`; resetting the axes
+    shows everything.
 
-    ``frame`` has ``evaluation, method, label, bits_per_param, perplexity, perplexity_full,
-    quantizer`` and the columns of ``size`` and ``quality``, all of one model, corpus and protocol.
-    Uniform HQQ runs are joined as the reference curve, and so are the Pareto-optimal runs, each
-    named at its end; full precision's perplexity is a horizontal line; ablations are faded;
-    ``selected`` evaluations are ringed. The chart opens on :func:`size_view`; resetting the axes
-    shows all. ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn
-    hollow. ``files`` are GGUF files (:meth:`lsq_core.store.store.Store.gguf_baselines`), drawn by
-    the bytes of the same weights in the file, where sizes are measured bytes.
+    Parameters
+    ----------
+    frame
+        Runs of one model, corpus and protocol, with the columns ``evaluation, method, label,
+        bits_per_param, perplexity, perplexity_full, quantizer`` and those of ``size`` and
+        ``quality``.
+    selected
+        Evaluations to ring.
+    overlay
+        Runs of another origin, drawn hollow, with the same columns and ``origin``.
+    files
+        GGUF files (:meth:`lsq_core.store.store.Store.gguf_baselines`), placed by the bytes of the
+        same weights in the file. They are drawn only for measured size and perplexity.
     """
     figure = go.Figure()
     files = _drawn_files(files, size, quality)
@@ -162,14 +172,14 @@ def perplexity_by_size(
     return apply_layout(figure, _HEIGHT)
 
 
-#: The same for few and many runs, so that the layout is stable when the measure changes.
+#: Height for any number of runs, so that the layout is stable when the measure changes.
 _HEIGHT = 430
 
 
 def _drawn_files(
     files: pd.DataFrame | None, size: SizeMeasure, quality: QualityMeasure
 ) -> pd.DataFrame | None:
-    """Return the files if any can be drawn by these measures: theirs are bytes and perplexity."""
+    """Return the files if the measures apply to them (measured bytes, perplexity), else None."""
     comparable = size == MEASURED and quality == PERPLEXITY
     return files if comparable and files is not None and len(files) else None
 
@@ -196,7 +206,7 @@ def size_view(
     quality: QualityMeasure = PERPLEXITY,
     files: pd.DataFrame | None = None,
 ) -> View:
-    """Return the view on which :func:`perplexity_by_size` opens."""
+    """Return the initial view of :func:`perplexity_by_size`."""
     files = _drawn_files(files, size, quality)
     return initial_view(
         frame[size.column].astype(float) / size.scale,
@@ -214,7 +224,7 @@ def _full_precision(frame: pd.DataFrame, quality: QualityMeasure) -> float | Non
 
 
 def _lines(frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure) -> list[go.Scatter]:
-    """Return the uniform and the Pareto line, of those that have two runs."""
+    """Return the uniform and the Pareto line, omitting those with fewer than two runs."""
     lines = []
     reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
     if len(reference) > 1:
@@ -226,7 +236,7 @@ def _lines(frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure) -> l
 
 
 def _styles(frame: pd.DataFrame, many: bool) -> list[tuple[str, pd.DataFrame]]:
-    """Return the runs by style, ablations first: the others are drawn over them."""
+    """Return the runs by style, ablations first so that the others are drawn over them."""
     pairs = zip(frame["method"], frame["quantizer"], strict=True)
     drawn = frame.assign(style_key=[style_key(*pair) for pair in pairs])
     styles = drawn["style_key"].value_counts().index if many else drawn["style_key"].unique()
@@ -293,7 +303,7 @@ def _groups(frame: pd.DataFrame | None, columns: list[str]) -> list[tuple]:
 
 
 def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
-    """Return the markers of runs of another origin, distinguished by style and name."""
+    """Make markers hollow and append the origin to their name."""
     symbol = runs.marker.symbol.removesuffix("-open")
     runs.update(name=f"{runs.name} ({origin})")
     runs.update(marker={"symbol": f"{symbol}-open", "line": {"width": 2}})
@@ -311,7 +321,7 @@ def _add_full_precision_line(figure: go.Figure, perplexity: float) -> None:
 
 
 def add_run_labels(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add ``label``, a distinguishing name for each run.
+    """Add the column ``label`` with a descriptive name for each run.
 
     ``frame`` has the columns of :meth:`lsq_core.store.store.Store.results`.
     """
@@ -332,7 +342,7 @@ def _label(row: dict) -> str:
         parts += [f"by the {request['loss']} loss"] if request["loss"] != "block" else []
     parts += [f"for {request['serve']}"] if request.get("serve") else []
     parts += ["tied"] if request.get("ties") else []
-    if row["origin"] != "published":  # those are all by one quantizer, grid and metadata
+    if row["origin"] != "published":  # published runs share one quantizer, axis and metadata
         parts += [row["quantizer"]]
         parts += ["fp16 metadata"] if row["metadata"] == "fp16" else []
         parts += ["axis 0"] if row["axis"] == 0 else []

@@ -1,4 +1,4 @@
-"""Common style of all figures: one colour per bit width, module type and method."""
+"""Style shared by all figures: one colour per bit width, module type and method."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from lsq_core.bits import FP16_BITS, RATIOS, Config, MixedRows
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.quantization.registry import QUANTIZERS
 
-#: Plotly configuration of every chart: no logo, nothing that sends data away.
+#: Plotly configuration of every chart: no logo and no button that sends data to a server.
 CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,
     "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"],
 }
 
-#: Ticks of a logarithmic axis written out: Plotly's own are single digits between powers of ten.
+#: Ticks of a logarithmic axis, labelled in full: Plotly shortens those between powers of ten to one
+#: digit.
 LOG_TICKS = {
     "tickmode": "array",
     "tickvals": [digit * 10.0**power for power in range(-6, 12) for digit in (1, 2, 5)],
@@ -29,7 +30,7 @@ LOG_TICKS = {
 }
 
 NEUTRAL = "#8a929c"
-#: Opacity of what is a control rather than a result.
+#: Opacity of controls (ablations), as opposed to results.
 FADED = 0.35
 GRID = "rgba(138, 146, 156, 0.25)"
 
@@ -44,11 +45,11 @@ BIT_COLORS = {
     8: "#0072B2",
     FP16_BITS: NEUTRAL,
 }
-#: Share of white in the colour of a group size: large groups are light.
+#: Fraction of white in the colour of a group size: larger groups are lighter.
 _WHITENESS = {128: 0.5, 64: 0.25, 32: 0.0}
 
-#: Colour of a module type by the last part of its name (after Tol's bright scheme); attention is
-#: drawn solid and the rest dashed, so that hue is not the only difference.
+#: Colour of a module type by the last part of its name (after Tol's bright scheme). Line charts
+#: draw attention solid and the rest dotted or dashed, so that hue is not the only difference.
 MODULE_COLORS = {
     "q_proj": "#4477AA",
     "k_proj": "#44AABB",
@@ -63,19 +64,19 @@ _OTHER_COLORS = tuple(MODULE_COLORS.values())
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How every chart draws a method."""
+    """The legend title, colour and marker symbol of a method in all charts."""
 
     title: str
     color: str
     symbol: str
 
 
-#: Baselines of published runs that have no quantizer here.
+#: Styles of baselines in published runs that are not among :data:`QUANTIZERS`.
 _PUBLISHED_STYLES = {"bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up")}
 
 
 def method_style(name: str) -> MethodStyle:
-    """Return the style of a method or of a baseline quantizer; an unknown one is a grey cross."""
+    """Return the style of a method or baseline quantizer; unknown names get a grey cross."""
     entry = PLANNERS.get(name) or QUANTIZERS.get(name)
     if entry is not None and entry.color:
         return MethodStyle(entry.title, entry.color, entry.symbol)
@@ -83,7 +84,7 @@ def method_style(name: str) -> MethodStyle:
 
 
 def style_key(method: str, quantizer: str) -> str:
-    """Return the name of a run's style: its method, or for a baseline its quantizer.
+    """Return the name of a run's style: its method, or its quantizer for a baseline.
 
     >>> style_key("uniform", "nf4"), style_key("uniform", "hqq"), style_key("mxq", "nf4")
     ('nf4', 'uniform', 'mxq')
@@ -98,7 +99,8 @@ def style_key(method: str, quantizer: str) -> str:
 def config_color(config: Config) -> str:
     """Return the colour of a configuration: hue by bits, lightness by group size (128 lightest).
 
-    For mixed rows, hue by the high-impact rows' bits, lightness by their ratio.
+    For mixed rows, the hue is that of the high-impact rows' bits and the lightness depends on their
+    ratio (the higher, the darker).
 
     >>> from lsq_core.bits import QuantConfig
     >>> config_color(QuantConfig(4, 32))
@@ -120,13 +122,13 @@ def module_color(type_name: str) -> str:
 
 
 def short_type(type_name: str) -> str:
-    """Shorten ``self_attn.q_proj`` to ``q_proj``; experts keep two parts, to be distinguishable."""
+    """Shorten ``self_attn.q_proj`` to ``q_proj``; experts keep two parts, to stay distinct."""
     parts = type_name.split(".")
     return ".".join(parts[-2:]) if "expert" in type_name else parts[-1]
 
 
 def layer_axis(layers: int) -> dict[str, Any]:
-    """Return range and ticks of a layer axis: whole numbers, as many as its width has room for.
+    """Return the range and ticks of a layer axis, with ticks at whole numbers only.
 
     >>> layer_axis(4)
     {'range': [-0.5, 3.5], 'tickangle': 0, 'dtick': 1}
@@ -135,12 +137,12 @@ def layer_axis(layers: int) -> dict[str, Any]:
     return {"range": [-0.5, layers - 0.5], "tickangle": 0, **ticks}
 
 
-#: Up to so many layers each is labelled, which automatic ticks would do at halves too.
+#: Number of layers up to which each is labelled; automatic ticks would include halves.
 _EVERY_LAYER = 10
 
 
 def in_two_lines(title: str) -> str:
-    """Break a long axis title at the space nearest its middle, for an axis that is short.
+    """Break a long axis title at the space nearest its middle, to fit a short axis.
 
     >>> in_two_lines("mean squared output change")
     'mean squared<br>output change'
@@ -152,8 +154,8 @@ def in_two_lines(title: str) -> str:
     return f"{title[:middle]}<br>{title[middle + 1 :]}"
 
 
-#: A legend in a row above the figure, to the right. On a narrow page it scrolls, where it would
-#: take half of the chart.
+#: A horizontal legend above the figure, right-aligned. It scrolls on narrow pages, where it would
+#: otherwise take up half of the chart.
 LEGEND_ABOVE = {
     "orientation": "h",
     "yanchor": "bottom",
@@ -167,7 +169,7 @@ LEGEND_ABOVE = {
 def ring_markers(
     x: object, y: object, name: str, *, size: float, color: str = NEUTRAL
 ) -> go.Scatter:
-    """Return rings around points, which mark them by more than colour."""
+    """Return rings around points, so that they are marked by more than colour."""
     return go.Scatter(
         x=x,
         y=y,
@@ -179,7 +181,7 @@ def ring_markers(
 
 
 def apply_layout(figure: go.Figure, height: int) -> go.Figure:
-    """Apply the layout of all figures."""
+    """Apply the layout shared by all figures."""
     figure.update_layout(
         height=height,
         margin={"l": 60, "r": 34, "t": 30, "b": 45},
@@ -199,20 +201,20 @@ def apply_layout(figure: go.Figure, height: int) -> go.Figure:
     return figure
 
 
-#: Plotly renders some HTML tags: allowed are line breaks and simple formatting, but no tag with an
-#: attribute, which may hold a URL.
+#: The start of any tag that is not allowed. Plotly renders some HTML tags; only line breaks and
+#: simple formatting are allowed, and no attributes, since they may contain a URL.
 _FOREIGN_TAG = re.compile(r"<(?!/?(?:br|b|i|sub|sup|extra)>)", re.IGNORECASE)
 
 
 def sanitize_figure(figure: go.Figure) -> go.Figure:
-    """Remove links and styles from a figure's texts, into which names may have brought them."""
+    """Escape disallowed HTML tags in a figure's texts, which may contain arbitrary names."""
     content = figure.to_plotly_json()
     sanitize = _sanitize(content)
     return figure if sanitize is content else type(figure)(sanitize)
 
 
 def _sanitize(value: Any) -> Any:
-    """Escape foreign tags in a part of a figure; returns the same object if there are none."""
+    """Escape foreign tags in part of a figure; return the same object if there are none."""
     if isinstance(value, str):
         return _FOREIGN_TAG.sub("&lt;", value) if "<" in value else value
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""The part of a chart of runs that is shown first, and what lies outside of it."""
+"""The initial view of a chart of runs, and the runs outside it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import plotly.graph_objects as go
 
 from lsq_core.charts.style import NEUTRAL
 
-#: Bits per parameter on which charts over size open: 3 to 4.5, up to the stop named 4.51.
+#: Bits per parameter initially in view in charts over size: 3 to 4.5, up to the stop named 4.51.
 BITS_IN_VIEW = (3.0, 4.55)
-#: With fewer runs none is called an outlier.
+#: Number of runs below which none is considered an outlier.
 _MIN_RUNS = 5
-#: An outlier lies so many times further from the best run than nine tenths of the runs.
+#: An outlier is more than this many times as far from the best run as the 90th percentile.
 _OUTLIER_RATIO = 3.0
-#: Ratio of the largest to the smallest value shown from which the axis is logarithmic.
+#: Ratio of the largest to the smallest value shown above which the axis is logarithmic.
 _LOG_RATIO = 5.0
 
 
-#: Share of a chart's height that a note below the runs takes.
+#: Space for a note below the runs, as a fraction of the y range.
 _NOTE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class View:
-    """The ranges of both axes, None for all of an axis, and the runs outside of them.
+    """The ranges of both axes, None for an axis shown in full, and the runs outside them.
 
-    ``low`` and ``high`` are the range of what the ``outside`` runs are judged by; ``log`` says
-    whether the upward axis is logarithmic. Ranges are in the axes' units.
+    ``outside`` of ``total`` runs are outside the view; ``low`` and ``high`` are the range of their
+    quality, for :meth:`note`. ``log`` is whether the y axis is logarithmic. Axis ranges are in axis
+    units: decimal logarithms on a logarithmic axis.
     """
 
     x: tuple[float, float] | None
@@ -42,7 +43,7 @@ class View:
     high: float = math.nan
 
     def note(self, name: str, unit: str = "") -> str:
-        """Return how many runs are outside of the view, and their range; '' for none."""
+        """Return a note with the number of runs outside the view and their range; '' if none."""
         if not self.outside:
             return ""
         span = _number(self.low)
@@ -58,11 +59,11 @@ def _number(value: float) -> str:
 
 
 def inlier_range(values: pd.Series, higher_is_better: bool = False) -> tuple[float, float]:
-    """Return the smallest and largest of the values that are not far worse than nearly all.
+    """Return the smallest and largest value, ignoring outliers.
 
-    A few broken runs would else press the others, which differ by little, into a line. An outlier
-    lies more than three times as far from the best as the ninth tenth does; among fewer than five
-    runs there is none.
+    Otherwise a few broken runs would flatten the others, which differ by little, into a line. An
+    outlier is more than three times as far from the best value as the 90th percentile; among fewer
+    than five runs there are none.
 
     >>> inlier_range(pd.Series([5.0, 5.5, 6.0, 6.2, 6.3, 97.0]))
     (5.0, 6.3)
@@ -85,21 +86,21 @@ def initial_view(
     level: float | None = None,
     include: float | None = None,
 ) -> View:
-    """Return the view on which a chart of runs opens.
+    """Return the initial view of a chart of runs.
 
     Parameters
     ----------
     x, y
-        The runs' places in the chart, without missing values.
+        Coordinates of the runs, without missing values.
     bits
-        Their bits per parameter: the view is of :data:`BITS_IN_VIEW` where two runs of different
-        sizes or more are in it. None for all sizes.
+        Bits per parameter of the runs. The view is limited to :data:`BITS_IN_VIEW` if that
+        contains runs of at least two different sizes. None for all sizes.
     higher_is_better
-        Whether large ``y`` are good, so that outliers are small ones.
+        Whether larger ``y`` is better, so that outliers are small values.
     level
-        A horizontal line that stays in view, such as full precision's perplexity.
+        A ``y`` to keep in view for a horizontal line, such as full precision's perplexity.
     include
-        A place on the axis of ``x`` that is in view, and all sizes up to it.
+        An ``x`` to keep in view, with all runs up to it that are not below :data:`BITS_IN_VIEW`.
     """
     inside = pd.Series(True, index=x.index)
     if bits is not None:
@@ -137,15 +138,15 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
 
 
 def apply_view(figure: go.Figure, view: View, note: str, *, top: bool = True) -> None:
-    """Open a figure on a view, and say in its right corner what is outside of it.
+    """Set a figure's initial view and add a note in its top or bottom right corner.
 
-    Resetting the axes shows all.
+    Resetting the axes shows everything.
     """
     if view.x is not None:
         figure.update_xaxes(range=view.x)
     if view.y is not None:
         low, high = view.y
-        room = 0 if top else _NOTE_SHARE * (high - low)  # below the runs, where it covers none
+        room = 0 if top else _NOTE_SHARE * (high - low)  # so that the note covers no runs
         figure.update_yaxes(range=(low - room, high))
     if note:
         figure.add_annotation(
@@ -166,9 +167,10 @@ def apply_view(figure: go.Figure, view: View, note: str, *, top: bool = True) ->
 def label_line_end(
     figure: go.Figure, line: go.Scatter, view: View, text: str, rank: int, *, above: bool
 ) -> None:
-    """Write a line's name at its right end, or where it leaves the view, with a leader to it.
+    """Label a line at its right end, or at its last point in view, with a leader line.
 
-    ``rank`` tells labels of lines that end near each other apart: each stands further away.
+    Labels with a higher ``rank`` are further from their lines, so that labels of lines ending near
+    each other do not overlap.
     """
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
     shown = np.ones(len(x), dtype=bool)

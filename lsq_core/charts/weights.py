@@ -1,4 +1,4 @@
-"""Charts of the weights of one matrix, and of one module type over the layers."""
+"""Charts of the weights of one matrix, and of one module type over layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MIN_COUNT = 0.5
 
 @dataclass(frozen=True, eq=False)
 class GridLines:
-    """The values of the codes, (2^bits,), or a range for each, (2^bits, 2), and their colour."""
+    """A quantization grid: the value (2^bits,) or range (2^bits, 2) of each code."""
 
     values: np.ndarray
     color: str
@@ -33,9 +33,10 @@ def weight_histogram(
     log: bool = True,
     height: int = 400,
 ) -> go.Figure:
-    """Plot the histogram of weights with the normal fit ``expected`` and a quantization grid.
+    """Plot a histogram of weights with a normal fit and a quantization grid.
 
-    ``edges`` is (bins + 1,), the others (bins,).
+    ``edges`` is (bins + 1,). ``counts`` and ``expected``, the counts under the normal fit, are
+    (bins,).
     """
     middles = (edges[:-1] + edges[1:]) / 2
     figure = go.Figure(
@@ -73,7 +74,7 @@ def weight_histogram(
 
 
 def _grid_lines(grid: GridLines, top: float, bottom: float) -> go.Scatter:
-    """Return a vertical line or filled range per code, in one trace, so that one click hides it."""
+    """Return a vertical line or filled range per code, in one trace so that one click hides all."""
     values = np.asarray(grid.values, dtype=float)
     if values.ndim == 1:
         x = np.column_stack([values, values, np.full(len(values), np.nan)]).ravel()
@@ -101,9 +102,10 @@ def weight_bands(
     color: str,
     height: int = 400,
 ) -> go.Figure:
-    """Plot percentiles (layers, k) of one module type's weights over the layers as nested bands.
+    """Plot percentiles of one module type's weights over layers as nested bands.
 
-    ``percentiles`` is symmetrical about 50, such as 1, 25, 50, 75, 99.
+    ``percentiles`` (k,) are symmetric about 50, such as 1, 25, 50, 75, 99; ``values`` is
+    (layers, k).
     """
     figure, count = go.Figure(), len(percentiles)
     for i in range(count // 2):
@@ -144,10 +146,10 @@ def weight_bands(
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Absolute weights in cells (rows, columns), each the largest of a block of weights.
+    """Absolute weights of a region of a matrix; each cell is the largest of a tile of weights.
 
-    ``row`` and ``column`` are where it begins, ``down`` and ``across`` the rows and columns of
-    weights in a cell.
+    The region starts at ``row`` and ``column``; each of its ``cells`` (rows, columns) covers
+    ``down`` rows and ``across`` columns of weights.
     """
 
     cells: np.ndarray
@@ -168,7 +170,7 @@ class Region:
 
 
 def weight_surface(region: Region, height: int = 560) -> go.Figure:
-    """Plot absolute weights of a region of a matrix as a surface ([A] Fig. 1)."""
+    """Plot the absolute weights of a region of a matrix as a surface ([A] Fig. 1)."""
     figure = go.Figure(
         go.Surface(
             x=region.columns,
@@ -198,7 +200,10 @@ def weight_surface(region: Region, height: int = 560) -> go.Figure:
 
 
 def weight_map(region: Region, height: int = 560) -> go.Figure:
-    """Plot the same as a heatmap: without 3-D graphics, and with readable rows and columns."""
+    """Plot the absolute weights of a region of a matrix as a heatmap.
+
+    Unlike :func:`weight_surface`, it needs no 3-D graphics, and rows and columns can be read off.
+    """
     figure = go.Figure(
         go.Heatmap(
             x=region.columns,

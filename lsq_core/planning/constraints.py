@@ -47,7 +47,7 @@ def apply_ties(problem: Problem, request: PlanRequest) -> Problem:
         problem,
         groups=merge_groups(groups),
         permitted=permitted,
-        permitted_by=f"{server.title} has {server.summary}" if server else "",
+        permitted_by=f"{server.title} supports {server.summary}" if server else "",
     )
     restricted.check_options()
     return restricted

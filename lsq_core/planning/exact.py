@@ -189,7 +189,7 @@ def _solve_with_cbc(
 
 
 def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> np.ndarray:
-    """Return which options a plan cheaper than ``best`` may use, or ``best`` does, (n, options)."""
+    """Return which options ``best`` or a cheaper plan may use, bool (n, options)."""
     objective = frontier.objective(best)
     slack = 1e-9 * abs(objective)
     usable = point.lower_bound + _reduced_costs(frontier, point) <= objective + slack

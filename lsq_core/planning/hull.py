@@ -53,8 +53,8 @@ def _unmeasured_note(names: list[str]) -> tuple[str, ...]:
         return ()
     more = f" and {len(names) - 1} more" if names[1:] else ""
     return (
-        f"Nothing was measured of {names[0]}{more} that this method reads, so the largest setting "
-        "is kept there.",
+        f"The scores that this method needs were not measured for {names[0]}{more}, so the largest "
+        "configuration is used there.",
     )
 
 

@@ -28,8 +28,7 @@ class OutOfReach(InputError):
 
     def __init__(self, budget: Budget, smallest: str) -> None:
         super().__init__(
-            f"A budget of {budget.text} does not reach the smallest plan from this base, "
-            f"{smallest}."
+            f"A budget of {budget.text} is below the smallest plan from this base, {smallest}."
         )
 
 

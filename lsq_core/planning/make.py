@@ -54,7 +54,7 @@ def make_plan(
     frontier = frontier or make_frontier(restricted, request)
     if request.exact and frontier.cost is None:
         raise InputError(
-            f"{planner.title} chooses matrices together; its search has no exact variant."
+            f"{planner.title} chooses all matrices jointly; its search has no exact variant."
         )
     limit = _limit(frontier, restricted, request, metadata)
     chosen = _select_plan(planner, restricted, frontier, request, limit)
@@ -88,7 +88,7 @@ def _check_size_given(planner: Planner, request: PlanRequest) -> None:
         raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
     if request.exact and planner.has_base:
         raise InputError(
-            f"{planner.title} minimizes no cost; only knapsacks can be solved exactly."
+            f"{planner.title} does not minimize a cost; only knapsacks can be solved exactly."
         )
 
 
@@ -213,7 +213,7 @@ def _unspent_note(
     else:
         left = budget.planned_bytes - problem.planned_total(stops, metadata)
     return (
-        f"{8 * left / problem.total:.3f} bpp of the budget remain unspent: "
+        f"{8 * left / problem.total:.3f} bpp of the budget is unspent: "
         f"{planner.title} has no more layers to promote from this base."
     )
 
@@ -255,7 +255,7 @@ def _cost_note(
     try:
         free = make_frontier(problem, request)
     except LsqError:
-        return (f"Without {what} this method has no plan.",)
+        return (f"This method has no plan without {what}.",)
     try:
         limit = _limit(free, problem, request, metadata)
     except InputError:

@@ -75,12 +75,12 @@ def _option_index(name: str, options: tuple[Config, ...]) -> int:
     if config not in options:
         if config in EXTENDED_LADDER and options == LADDER:
             raise InputError(
-                f"'{name}' is a configuration of the extended ladder, and this plan is on the "
-                "paper's; plan with --ladder extended."
+                f"'{name}' is on the extended ladder, but this plan uses the paper's; plan with "
+                "--ladder extended."
             )
         kind = "mixed rows" if isinstance(options[0], MixedRows) else "the ladder"
         raise InputError(
-            f"'{name}' is no option of this method, which plans on {kind}; choose one of "
+            f"'{name}' is not an option of this method, which plans on {kind}; choose one of "
             f"{', '.join(c.name for c in options)}."
         )
     return options.index(config)
@@ -109,9 +109,9 @@ def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
             )
         for i in dict.fromkeys(tied for match in matched for tied in problem.tied_to(match)):
             if pin.low > high[i] or pin.high < low[i]:
-                tied = " or what it is tied to" if len(problem.tied_to(i)) > 1 else ""
+                tied = " or a module tied to it" if len(problem.tied_to(i)) > 1 else ""
                 raise InputError(
-                    f"The pins '{last[i]}' and '{pin}' contradict each other at "
+                    f"The pins '{last[i]}' and '{pin}' contradict each other for "
                     f"{problem.matrices[i].name}{tied}; drop one of them."
                 )
             low[i], high[i] = max(low[i], pin.low), min(high[i], pin.high)
@@ -121,7 +121,7 @@ def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
         if not pinned.allowed[i].any():
             matrix = problem.matrices[i]
             why = problem.permitted_by or (
-                f"no group size in it divides {matrix.out_features}×{matrix.in_features} weights"
+                f"no group size in it fills {matrix.out_features}×{matrix.in_features} weights"
             )
-            raise InputError(f"The pin '{pin}' leaves nothing for {matrix.name}: {why}.")
+            raise InputError(f"The pin '{pin}' leaves no configuration for {matrix.name}: {why}.")
     return pinned

@@ -84,7 +84,7 @@ class Plan:
         return plan_to_frame(self.to_json())
 
     def figure(self) -> go.Figure:
-        """Return the plan as a Plotly heat map of configurations, layers by module types."""
+        """Return the plan as a Plotly heatmap of configurations by layer and module type."""
         from lsq_core.charts.plans import plan_heatmap
 
         return plan_heatmap(self.to_frame())

@@ -112,8 +112,8 @@ class Problem:
         beyond = [option.name for option in options if option not in self.options]
         if beyond:
             raise InputError(
-                f"This profile has no scores at {beyond[0]}, which is of the extended ladder; "
-                "measure a profile of that ladder."
+                f"This profile has no scores at {beyond[0]}, which is on the extended ladder; "
+                "measure a profile with that ladder."
             )
         columns = [self.options.index(option) for option in options]
         return {name: table[:, columns] for name, table in self.by_config.items()}
@@ -259,8 +259,8 @@ class Problem:
                 raise InputError(
                     f"{self.permitted_by}, so {matrix.name} "
                     f"({matrix.out_features}×{matrix.in_features}) cannot have "
-                    f"{self.options[stop].name}; choose a base that the server has for every "
-                    "matrix, or a budget."
+                    f"{self.options[stop].name}; choose a base that the server supports for "
+                    "every matrix, or a budget."
                 )
             if not self.options[stop].fits(matrix):
                 raise InputError(
@@ -279,7 +279,7 @@ class Problem:
                 what = "rows" if isinstance(self.options[0], MixedRows) else "weights"
                 raise InputError(
                     f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) has {what} "
-                    f"that cannot be cut into groups of {', '.join(map(str, sizes))}; choose a "
+                    f"that cannot be divided into groups of {', '.join(map(str, sizes))}; choose a "
                     "smaller group size."
                 )
 
@@ -288,8 +288,8 @@ class Problem:
         matrix, others = self.matrices[index], [j for j in self.tied_to(index) if j != index]
         tied = f", tied to {self.matrices[others[0]].name}," if others else ""
         return (
-            f"{matrix.name} ({matrix.out_features}×{matrix.in_features}){tied} is left no "
-            "configuration"
+            f"{matrix.name} ({matrix.out_features}×{matrix.in_features}){tied} has no "
+            "configuration left"
             + (f": {self.permitted_by}" if self.permitted_by else " that fits both")
             + "; drop the tie, the server or a pin."
         )

@@ -120,7 +120,7 @@ class PlanRequest:
         if unknown:
             raise InputError(f"A request has no field '{unknown[0]}'; remove it.")
         if "method" not in content:
-            raise InputError("The plan's request lacks its method.")
+            raise InputError("The plan's request has no method.")
         return cls(**content)
 
     def to_json(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class PlanRequest:
             under = f" {self.restrictions}" if self.restrictions else ""
             remedy = "drop a pin, or choose" if self.pins else "choose"
             raise InputError(
-                f"A budget of {self.budget} is out of reach: plans for this model{under} take from "
-                f"{ends[0]} to {ends[1]}; {remedy} a budget between them."
+                f"A budget of {self.budget} is out of reach: plans for this model{under} range "
+                f"from {ends[0]} to {ends[1]}; {remedy} a budget between them."
             )
         return budget

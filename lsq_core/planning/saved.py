@@ -85,7 +85,7 @@ def read_plan(content: object, matrices: Sequence[Matrix]) -> SavedPlan:
     notes = _read_field(content, "notes", list, ())
     ranking_scores = _read_field(content, "flagged", dict, {})
     if not all(isinstance(note, str) for note in notes):
-        raise _invalid_plan("notes are not all text")
+        raise _invalid_plan("some notes are not text")
     objective, bound = (_optional_number(content, name) for name in ("objective", "lower_bound"))
     if (objective is None) != (bound is None):
         raise _invalid_plan("it has only one of 'objective' and 'lower_bound'")
@@ -178,7 +178,7 @@ def _decode_rows(entry: Mapping, matrix: Matrix) -> tuple[int, ...]:
     try:
         packed = np.frombuffer(b64decode(text, validate=True), dtype=np.uint8)
     except (Base64Error, ValueError) as error:
-        raise _invalid_plan(f"{where} are no base64 ({error})") from error
+        raise _invalid_plan(f"{where} are not valid base64 ({error})") from error
     marked = np.flatnonzero(np.unpackbits(packed, bitorder="little"))
     count = config.high_rows(matrix.out_features) if isinstance(config, MixedRows) else 0
     if len(marked) != count or (count and marked[-1] >= matrix.out_features):

@@ -43,7 +43,7 @@ class Server:
         """
         if any(isinstance(option, MixedRows) for option in options):
             raise InputError(
-                f"{self.title} has no matrices whose rows have different bits; choose another "
+                f"{self.title} does not support rows of different bits in a matrix; choose another "
                 "method, or plan without --serve."
             )
         return np.array([[self._has(option, matrix) for option in options] for matrix in matrices])
@@ -76,9 +76,9 @@ class Server:
         """The constraints on a plan for this server, in a sentence."""
         fused = (
             f"{self.title} fuses q, k and v, gate and up, and a layer's experts, so each of these "
-            "share a configuration, and it has "
+            "groups shares a configuration, and it supports "
         )
-        return f"{fused if self.fused else f'{self.title} has '}{self.summary}."
+        return f"{fused if self.fused else f'{self.title} supports '}{self.summary}."
 
     @property
     def summary(self) -> str:

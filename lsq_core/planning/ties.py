@@ -31,7 +31,7 @@ class Tie:
         names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         if len(names) < 2:
             raise InputError(
-                f"'{text}' is not a tie; name two or more modules that are to share a "
+                f"'{text}' is not a tie; name two or more modules that should share a "
                 "configuration, such as 'q_proj,k_proj,v_proj'."
             )
         return cls(names)

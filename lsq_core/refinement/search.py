@@ -20,8 +20,8 @@ from lsq_core.refinement.step import RefinementStep
 if TYPE_CHECKING:
     from lsq_core.refinement.expansion import Expansion
 
-#: Numbers of standard errors added to the expected changes, one for each proposal; the more, the
-#: fewer matrices change.
+#: Numbers of standard errors added to the expected changes, one for each proposal; with a larger
+#: margin, fewer matrices change.
 MARGINS = (0.0, 1.0, 2.0, 3.0)
 #: Consecutive rounds without a better proposal after which the search ends.
 PATIENCE = 2

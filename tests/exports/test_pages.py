@@ -48,7 +48,7 @@ def test_plan_page_asks_before_taking_the_nearest(filled: Filled, target: str): 
     plan = session.plan(PlanRequest("uniform", base="4.25"))
     translation = export_plan(plan, session.info, target, nearest=True)
     assert translation.usage() not in {c.value for c in app.code}, "nothing is given unasked"
-    (table,) = [d for d in app.dataframe if "because" in d.value]
+    (table,) = [d for d in app.dataframe if "reason" in d.value]
     assert table.value["modules"].tolist() == [len(c.modules) for c in translation.changes]
     app.checkbox(key=f"export-plan-nearest-{target}").check().run()
     assert translation.usage() in {c.value for c in app.code}

@@ -71,7 +71,7 @@ class Boost(LadderPlanner):
         raise NotImplementedError
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Return a start for each base, with moves of the boosted matrices by falling priority."""
+        """Return a start for each base, with moves of boosted matrices, highest priority first."""
         ranked = rank_items(problem, self.boosted_layers(problem, request))
         size, segments = problem.sum_items(problem.bytes), []
         for base in bases:
@@ -158,7 +158,10 @@ class KurtBoost(Boost):
 
 
 class _Ablation(Boost):
-    """Boosts as many layers per module type as ``method``, drawn from layers flagged by neither."""
+    """Boosts as many layers per module type as ``method``, drawn at random.
+
+    Layers flagged by sensitivity or kurtosis are excluded from the draw.
+    """
 
     metrics = ("sensitivity", "kurtosis")
     fields = ("boost_stop", "top_m", "metric", "seed")

@@ -27,7 +27,7 @@ from lsq_core.planning.ties import merge_groups
 
 
 class HighImpact:
-    """Planner of the share of rows at more bits, chosen jointly for all matrices of a block.
+    """Planner that chooses each matrix's share of rows with more bits.
 
     A request's ``low_bits``, ``high_bits`` and ``group_size`` define the options, and ``loss`` the
     loss that interactions are measured on. ``ratios`` is ``uniform`` (one ratio for all matrices),

@@ -11,7 +11,7 @@ from lsq_core.planning.problem import Problem
 
 
 class LossAware(Knapsack):
-    """Knapsack on the KL divergence, taken as proportional to each squared weight error."""
+    """Knapsack on the KL divergence, assumed proportional to each squared weight error."""
 
     name = "loss-aware"
     title = "Loss-aware"
