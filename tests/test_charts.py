@@ -247,7 +247,7 @@ def test_perplexity_by_size_full_precision_line(runs):
 
 
 def test_perplexity_by_size_rings_selected_runs(runs):
-    ring = next(t for t in charts.perplexity_by_size(runs, ["b"]).data if "selected pair" in t.name)
+    ring = next(t for t in charts.perplexity_by_size(runs, ["b"]).data if t.name == "selected")
     assert list(ring.y) == [61.8]
 
 

@@ -510,7 +510,7 @@ def test_ranks_view_matches_store_and_selected_module(store):  # noqa: F811
     expected = table.rank(ascending=False)
     seen = 0
     for trace in chart(app)["data"]:
-        if trace["mode"] != "markers" or trace["name"] == "picked":
+        if trace["mode"] != "markers" or trace["name"] == "selected":
             continue
         for (module, *_), x, y in zip(
             _array(trace["customdata"]), _array(trace["x"]), _array(trace["y"]), strict=True
@@ -522,7 +522,7 @@ def test_ranks_view_matches_store_and_selected_module(store):  # noqa: F811
     app.selectbox(key="ranked").set_value(module).run()
     shown = next(d.value for d in app.dataframe if "metric" in d.value).set_index("metric")
     assert shown.loc["kurtosis", "value"] == pytest.approx(table.loc[module, "k"])
-    ring = next(t for t in chart(app)["data"] if t["name"] == "picked")
+    ring = next(t for t in chart(app)["data"] if t["name"] == "selected")
     assert _array(ring["x"]) == [expected.loc[module, "s"]]
 
 

@@ -410,7 +410,8 @@ def test_wrong_server_raises():
 
 def test_matrix_that_the_server_cannot_hold_is_named():
     odd = Problem((Matrix("m.0.x", 0, "x", 32, 33),), {}, {"weight_error": np.ones((1, 12))})
-    with pytest.raises(InputError, match=r"m\.0\.x \(32×33\) has no configuration left.*vLLM supports"):
+    named = r"m\.0\.x \(32×33\) has no configuration left.*vLLM supports"
+    with pytest.raises(InputError, match=named):
         make_plan(odd, PlanRequest("mxq", budget="5bpp", serve="vllm"))
 
 

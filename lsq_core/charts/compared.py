@@ -46,7 +46,7 @@ def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
     view = gain_view(frame)
     apply_view(figure, view, view.note("perplexity reduction", "%"), top=False)
     figure.update_layout(legend=LEGEND_ABOVE)
-    figure.update_xaxes(title_text=f"additional bits over {base} (%)", ticksuffix=" %")
+    figure.update_xaxes(title_text=f"additional bits relative to {base} (%)", ticksuffix=" %")
     figure.update_yaxes(title_text="perplexity reduction (%)", ticksuffix=" %")
     return apply_layout(figure, 430)
 

@@ -62,8 +62,8 @@ def algorithm_steps(
     _add_band(figure, steps)
     at = steps.layers[1:]
     for chosen, symbol, name in (
-        (~steps.trimmed, "circle", "within the trimmed sample"),
-        (steps.trimmed, "x-thin", "trimmed: excluded from mean and deviation"),
+        (~steps.trimmed, "circle", "kept"),
+        (steps.trimmed, "x-thin", "trimmed (excluded from mean and standard deviation)"),
     ):
         figure.add_trace(_differences(at[chosen], steps.differences[chosen], symbol, name, color))
     figure.add_trace(_bars(steps, color), 3, 1)
@@ -75,10 +75,10 @@ def algorithm_steps(
         figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=1)
     if steps.ratios and _is_far(steps.differences, steps.mean):
         low = steps.differences[steps.differences > 0].min()
-        limits = [np.log10(low) - 0.3, np.log10(steps.differences.max()) + 0.6]
+        limits = [np.log10(low) - 0.3, np.log10(_largest(steps.differences)) + 0.6]
         figure.update_yaxes(type="log", range=limits, row=2, col=1)
     if _is_far(steps.z, steps.threshold):
-        limits = [-1, np.log10(steps.z.max()) + 0.3]
+        limits = [-1, np.log10(_largest(steps.z)) + 0.3]
         figure.update_yaxes(type="log", range=limits, dtick=1, row=3, col=1)
     figure.update_xaxes(title_text="layer", title_standoff=4, row=3, col=1)
     for note in figure.layout.annotations[:3]:
@@ -90,9 +90,15 @@ def algorithm_steps(
     )
 
 
+def _largest(values: np.ndarray) -> float:
+    """Return the largest finite value; the ratio to a score of 0 is infinite."""
+    return float(values[np.isfinite(values)].max())
+
+
 def _is_far(values: np.ndarray, typical: float) -> bool:
     """Return whether the largest value would make the others indistinguishable."""
-    return bool(values.max() > _LOG_AXIS_RATIO * typical)
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.max() > _LOG_AXIS_RATIO * typical)
 
 
 def _points(x: np.ndarray, y: np.ndarray, line: dict, name: str, form: str) -> go.Scatter:
@@ -117,7 +123,7 @@ def _differences(x: np.ndarray, y: np.ndarray, symbol: str, name: str, color: st
         name=name,
         xaxis="x2",
         yaxis="y2",
-        hovertemplate="step to layer %{x}: %{y:.4g}<extra></extra>",
+        hovertemplate="change to layer %{x}: %{y:.4g}<extra></extra>",
     )
 
 

@@ -53,7 +53,9 @@ def layer_heatmap(panel: Panel) -> go.Figure:
     )
     for rises, part in _flagged(frame):
         figure.add_trace(_marks(part, rises))
-    figure.update_xaxes(title_text="layer", title_standoff=10, **layer_axis(len(layers)))
+    figure.update_xaxes(
+        title_text="layer", title_standoff=10, **layer_axis(len(layers), min(layers))
+    )
     figure.update_yaxes(autorange="reversed", type="category", automargin=True)
     height = _ROW_HEIGHT * max(len(rows), _MIN_ROWS)
     apply_layout(figure, height + _FRAME_HEIGHT)
@@ -114,7 +116,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     """Return the logarithms to label: powers of ten, and over a narrow range 2 and 5 times them."""
     if high - low < _WIDE_DECADES:
         fractions = np.log10([1, 2, 5])
-        ticks = [e + f for e in range(int(np.floor(low)), int(np.ceil(high))) for f in fractions]
+        ticks = [
+            e + f for e in range(int(np.floor(low)), int(np.floor(high)) + 1) for f in fractions
+        ]
         return [float(t) for t in ticks if low <= t <= high]
     step = 1 if high - low < 7 else 2
     return [float(e) for e in range(int(np.ceil(low)), int(np.floor(high)) + 1, step)]
@@ -148,5 +152,5 @@ def _marks(part: pd.DataFrame, rises: bool) -> go.Scatter:
         },
         customdata=part[["value", "z"]],
         hovertemplate="%{y}, layer %{x}<br>%{customdata[0]:.4g}"
-        f"<br>{name} from the layer before, z = %{{customdata[1]:.2f}}<extra></extra>",
+        f"<br>{name} from the previous layer, z = %{{customdata[1]:.2f}}<extra></extra>",
     )

@@ -164,11 +164,9 @@ def rank_scatter(
         figure.add_trace(_rank_points(str(kind), points, x_title, y_title))
     ring = frame[frame["module"] == picked]
     if not ring.empty:
-        figure.add_trace(ring_markers(ring["x_rank"], ring["y_rank"], "picked", size=18))
+        figure.add_trace(ring_markers(ring["x_rank"], ring["y_rank"], "selected", size=18))
     for update, title in ((figure.update_xaxes, x_title), (figure.update_yaxes, y_title)):
-        update(
-            title_text=f"rank by {title} (1 is the largest)", range=[1.03 * last + 1, -0.03 * last]
-        )
+        update(title_text=f"rank by {title} (1 = largest)", range=[1.03 * last + 1, -0.03 * last])
     apply_layout(figure, height)
     return figure.update_layout(
         margin={"t": 40},

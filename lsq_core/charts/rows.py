@@ -50,7 +50,7 @@ def ratio_lines(frame: pd.DataFrame) -> go.Figure:
         line={"color": NEUTRAL, "width": 4},
         opacity=0.5,
         customdata=100 * mean,
-        hovertemplate="mean of layer %{x}: %{customdata:.1f} %<extra></extra>",
+        hovertemplate="layer %{x} mean: %{customdata:.1f} %<extra></extra>",
     )
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(
@@ -75,7 +75,7 @@ def interaction_heatmap(
     same_unit = np.kron(np.eye(len(units), dtype=bool), np.ones((len(ratios),) * 2, dtype=bool))
     hover = [
         [
-            f"{a} with {b}<br>{shown[i, j]:+.3f} of what they do alone, M = {matrix[i, j]:.3g}"
+            f"{a} with {b}<br>{shown[i, j]:+.3f} of the geometric mean of their own effects, M = {matrix[i, j]:.3g}"
             for j, b in enumerate(names)
         ]
         for i, a in enumerate(names)
@@ -88,7 +88,7 @@ def interaction_heatmap(
             zmin=-largest or -1.0,
             zmax=largest or 1.0,
             colorscale="RdBu_r",
-            colorbar={"thickness": 12, "title": {"text": "share", "side": "right"}},
+            colorbar={"thickness": 12, "title": {"text": "relative interaction", "side": "right"}},
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )

@@ -54,7 +54,7 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
         text=[f"{value:#.3g}".rstrip(".") for value in whole / scale],
         textposition="outside",
         cliponaxis=False,
-        hovertemplate=f"%{{x}}: the rest %{{y:.2f}} {unit}<extra></extra>",
+        hovertemplate=f"%{{x}}: other parameters %{{y:.2f}} {unit}<extra></extra>",
         showlegend=False,
     )
     figure.update_layout(barmode="stack", bargap=0.25)
@@ -78,7 +78,7 @@ class SizeMeasure:
 
 MEASURED = SizeMeasure("measured_bytes", "measured size of the linear weights", "MiB", MIB)
 NOMINAL = SizeMeasure("nominal_bytes", "nominal size of the linear weights", "GiB", GIB)
-STORED = SizeMeasure("model_bytes", "whole model on disk, as published", "GiB", GIB)
+STORED = SizeMeasure("model_bytes", "full model on disk, as published", "GiB", GIB)
 BITS = SizeMeasure("bits_per_param", "nominal bits per linear weight, metadata included", "bits", 1)
 
 
@@ -106,7 +106,9 @@ class QualityMeasure:
 
 PERPLEXITY = QualityMeasure("perplexity", "perplexity")
 KL = QualityMeasure("kl", "KL divergence from full precision", "nats")
-TOP1 = QualityMeasure("top1", "same top token as full precision", "%", 0.01, higher_is_better=True)
+TOP1 = QualityMeasure(
+    "top1", "top-token agreement with full precision", "%", 0.01, higher_is_better=True
+)
 
 #: Number of runs above which markers are smaller, so that they overlap less.
 _SMALL_MARKER_RUNS = 60
@@ -158,7 +160,7 @@ def perplexity_by_size(
     ringed = frame[frame["evaluation"].isin(list(selected))]
     if not ringed.empty:
         x, y = ringed[size.column] / size.scale, ringed[quality.column] / quality.scale
-        figure.add_trace(ring_markers(x, y, "selected pair", size=20))
+        figure.add_trace(ring_markers(x, y, "selected", size=20))
     full = _full_precision(frame, quality)
     if full is not None:
         _add_full_precision_line(figure, full)
@@ -195,7 +197,7 @@ def _files(files: pd.DataFrame, size: SizeMeasure) -> go.Scatter:
         textfont={"size": 12},
         marker={"symbol": "hourglass", "size": 12, "color": "#1f7a8c"},
         customdata=files[["model", "file_bytes"]].assign(file_bytes=files["file_bytes"] / MIB),
-        hovertemplate="%{text}, %{customdata[0]}<br>%{x:.2f} MiB of these weights in a file of "
+        hovertemplate="%{text}, %{customdata[0]}<br>%{x:.2f} MiB for these weights in a file of "
         "%{customdata[1]:.2f} MiB, perplexity %{y:.4f}<extra></extra>",
     )
 

@@ -127,14 +127,16 @@ def short_type(type_name: str) -> str:
     return ".".join(parts[-2:]) if "expert" in type_name else parts[-1]
 
 
-def layer_axis(layers: int) -> dict[str, Any]:
+def layer_axis(layers: int, first: int = 0) -> dict[str, Any]:
     """Return the range and ticks of a layer axis, with ticks at whole numbers only.
+
+    ``layers`` is how many layers are shown, and ``first`` the index of the first one.
 
     >>> layer_axis(4)
     {'range': [-0.5, 3.5], 'tickangle': 0, 'dtick': 1}
     """
     ticks = {"dtick": 1} if layers <= _EVERY_LAYER else {}
-    return {"range": [-0.5, layers - 0.5], "tickangle": 0, **ticks}
+    return {"range": [first - 0.5, first + layers - 0.5], "tickangle": 0, **ticks}
 
 
 #: Number of layers up to which each is labelled; automatic ticks would include halves.

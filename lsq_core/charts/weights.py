@@ -46,7 +46,7 @@ def weight_histogram(
             width=np.diff(edges),
             marker={"color": color, "opacity": 0.65, "line": {"width": 0}},
             name="weights",
-            hovertemplate="%{y:,} weights about %{x:.4g}<extra></extra>",
+            hovertemplate="%{y:,} weights near %{x:.4g}<extra></extra>",
         )
     )
     shown = np.where(expected >= _MIN_COUNT, expected, np.nan) if log else expected
@@ -56,8 +56,8 @@ def weight_histogram(
             y=shown,
             mode="lines",
             line={"color": _NORMAL_COLOR, "width": 2},
-            name="normal with the same mean and deviation",
-            hovertemplate="a normal has %{y:,.1f} about %{x:.4g}<extra></extra>",
+            name="normal with the same mean and standard deviation",
+            hovertemplate="normal distribution: %{y:,.1f} near %{x:.4g}<extra></extra>",
         )
     )
     top = float(counts.max())

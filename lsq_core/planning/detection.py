@@ -79,7 +79,7 @@ def shallow_model_note(layers: int) -> str:
     """Return a note if a model is too shallow for Algorithm 1, else ''."""
     if largest_possible_z(layers) <= THRESHOLD:
         return (
-            f"With {layers} layers no score can pass Algorithm 1's threshold of 3 "
+            f"With {layers} layers no z-score can exceed Algorithm 1's threshold of 3 "
             f"(the largest possible z is {largest_possible_z(layers):.2f}), so SensiBoost and "
             "KurtBoost equal the uniform plan here."
         )

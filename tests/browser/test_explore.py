@@ -164,7 +164,7 @@ def test_rank_scatter_click_selects_module(user):
     assert f".layers.{layer}." in module
     ring = [[rank] for rank in ranks]
     user.wait(
-        lambda: [[r["x"], r["y"]] for r in user.figures[0] if r["name"] == "picked"] == [ring],
+        lambda: [[r["x"], r["y"]] for r in user.figures[0] if r["name"] == "selected"] == [ring],
         why="the clicked point was not ringed",
     )
 

@@ -44,8 +44,8 @@ class KurtScaled(Knapsack):
     title = "Kurtosis-scaled MXQ"
     meaning = "MXQ with errors weighted up to twice as much where the weights have heavy tails."
     summary = (
-        "MXQ with each error counted up to twice where the weights have heavy tails. It reads "
-        "the weights alone."
+        "MXQ with errors weighted up to twice as much where the weights have heavy tails. It needs "
+        "only the weights."
     )
     source = "the authors' lm-quant-toolkit"
     use = "Comparing with MXQ, where a few layers have heavy tails."
