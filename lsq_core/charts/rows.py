@@ -75,7 +75,8 @@ def interaction_heatmap(
     same_unit = np.kron(np.eye(len(units), dtype=bool), np.ones((len(ratios),) * 2, dtype=bool))
     hover = [
         [
-            f"{a} with {b}<br>{shown[i, j]:+.3f} of the geometric mean of their own effects, M = {matrix[i, j]:.3g}"
+            f"{a} with {b}<br>{shown[i, j]:+.3f} of the geometric mean of their own effects, "
+            f"M = {matrix[i, j]:.3g}"
             for j, b in enumerate(names)
         ]
         for i, a in enumerate(names)
