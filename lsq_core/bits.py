@@ -319,9 +319,7 @@ def stop_index(name: str, ladder: tuple[QuantConfig, ...] = LADDER) -> int:
         if name in (config.stop_name, config.name):
             return index
     if any(name in (config.stop_name, config.name) for config in EXTENDED_LADDER):
-        raise InputError(
-            f"'{name}' is a configuration of the extended ladder; plan with --ladder extended."
-        )
+        raise InputError(f"'{name}' is on the extended ladder; plan with --ladder extended.")
     raise InputError(
         f"'{name}' is not a configuration; choose one of {', '.join(c.stop_name for c in ladder)}."
     )

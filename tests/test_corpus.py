@@ -1,4 +1,4 @@
-"""Corpora: which texts they are, which tokens they become, and what bad names are told."""
+"""Corpora: their texts and tokens, and errors for bad names."""
 
 from __future__ import annotations
 
@@ -220,9 +220,9 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for what crosses the network; the datasets themselves are real ones.
+    """Replace network access; the datasets themselves are real ``datasets`` objects.
 
-    ``hub.splits`` are the rows of each split, ``hub.requests`` what was asked for.
+    ``hub.splits`` holds the columns of each split, ``hub.requests`` records the requests.
     """
     import datasets
     import huggingface_hub
@@ -332,7 +332,7 @@ def test_load_corpus_read_error_translated(hub, monkeypatch, cause, message):
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, KeyError, ZeroDivisionError])
 @pytest.mark.parametrize("step", ["load_dataset", "_text_column", "_choose_splits"])
 def test_load_corpus_programming_error_propagates(hub, monkeypatch, kind, step):
-    """It keeps its type and traceback, wherever in reading it is."""
+    """The exception keeps its type at every step of loading."""
 
     def defect(*_, **__):
         raise kind("a defect")
@@ -345,7 +345,7 @@ def test_load_corpus_programming_error_propagates(hub, monkeypatch, kind, step):
 
 
 def test_calibration_blocks_long_lines_raises(tokenizer, tmp_path):
-    """One long line is text enough, but no line of it can be used."""
+    """There is enough text, but its only line is too long to be used."""
     path = tmp_path / "long.txt"
     path.write_text("Return the item of the list. " * 400, "utf8")
     with pytest.raises(InputError, match=r"1 of its lines .* 512 tokens") as error:
@@ -354,7 +354,7 @@ def test_calibration_blocks_long_lines_raises(tokenizer, tmp_path):
 
 
 class HubReplies(BaseHTTPRequestHandler):
-    """Says of ``org/gone`` that it does not exist, and of the others that the revision does not."""
+    """Reply that ``org/gone`` does not exist, and that other datasets lack the revision."""
 
     def do_GET(self):
         missing = "RepoNotFound" if "gone" in self.path else "RevisionNotFound"
@@ -412,7 +412,7 @@ for name in ("wikitext2", "c4", "hf:org/name"):
 def test_load_corpus_offline_error_names_dataset_and_alternative(
     tmp_path, variable, value, message
 ):
-    """In a process of its own, as these variables are read when the libraries are imported."""
+    """Runs in a separate process because the libraries read these variables on import."""
     home = {"HF_HOME": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     clean = {key: text for key, text in os.environ.items() if "OFFLINE" not in key}
     done = subprocess.run(
@@ -437,7 +437,7 @@ def test_load_corpus_offline_error_names_dataset_and_alternative(
 
 
 def reference_blocks(texts, tokenizer, samples, max_line_tokens, block_tokens, seed) -> np.ndarray:
-    """The drawing of the SensiBoost authors' script, step by step, with ``datasets``."""
+    """Sample blocks as the SensiBoost authors' script does, step by step, with ``datasets``."""
     from datasets import Dataset
 
     drawn, kept = [], 0

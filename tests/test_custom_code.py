@@ -1,4 +1,4 @@
-"""A model with Python code of its own, there and back; and what else goes with a saved model."""
+"""Saving and loading a model with custom Python code, and other files of a saved model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(autouse=True)
 def _isolated_modules_cache(tmp_path, monkeypatch):
-    """transformers copies trusted code into a cache; not into the person's."""
+    """Use a temporary folder as transformers' cache of trusted code, and an empty stdin."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -112,7 +112,7 @@ def test_custom_code_model_save_and_eval(own, tmp_path, capsys, small_text):
 
 
 def test_saved_model_keeps_eos_tokens(own, random_model, tmp_path, capsys):
-    """Models of several end tokens keep them in generation_config.json alone."""
+    """Models with several end tokens list them only in generation_config.json."""
     folder = tmp_path / "chatty"
     shutil.copytree(random_model("llama-gqa"), folder)
     loaded = load_model(ModelSource(str(folder)), "cpu")

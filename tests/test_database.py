@@ -1,4 +1,4 @@
-"""Database files that are damaged, foreign, shared, full or read-only: a sentence each, or rows."""
+"""Database files that are damaged, foreign, shared, read-only or on a full disk."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.test_compare import insert_synthetic_runs
 
 @pytest.fixture(scope="module")
 def populated(tmp_path_factory) -> Path:
-    """A database with runs; tests work on copies."""
+    """A database with 12 runs; tests work on copies."""
     store = Store(tmp_path_factory.mktemp("filled") / "lsq.duckdb")
     insert_synthetic_runs(store, 12)
     return store.path
 
 
 def add_wal(path: Path) -> Path:
-    """A database with a log that was not written into it yet."""
+    """Leave a write-ahead log with rows that are not yet in the database file; return the file."""
     code = (
         "import os, signal, sys\n"
         "from lsq_core.store.store import Store\n"
@@ -68,7 +68,7 @@ def test_damaged_wal_read_or_error(populated, tmp_path):
 
 
 def test_damaged_database_not_reported_as_locked(tmp_path):
-    """The error says "block", and the path says "lock"."""
+    """DuckDB's error contains "block", and the path contains "lock"."""
     folder = tmp_path / "Could not set lock on file"
     folder.mkdir()
     path = folder / "locked.duckdb"
@@ -91,7 +91,7 @@ def test_store_opens_after_damaged_wal_removed(populated, tmp_path, at):
     assert len(Store(path).results()) == 12
 
 
-# --- strangers' files -----------------------------------------------------------------------
+# --- foreign files --------------------------------------------------------------------------
 
 
 def execute_sql(path: Path, *statements: str) -> Path:
@@ -139,7 +139,7 @@ def test_store_old_schema_missing_table_raises(tmp_path):
 
 @pytest.mark.parametrize("kind", ["view", "macro"])
 def test_cli_foreign_view_or_macro_reads_no_file(tmp_path, capsys, kind):
-    """With ``runs`` a view of a file, the results held it."""
+    """When ``runs`` was a view of another file, the results used to contain that file."""
     secret = tmp_path / "secret.txt"
     secret.write_text("verysecret", "utf8")
     path = Store(tmp_path / "foreign.duckdb").path
@@ -185,14 +185,14 @@ def test_connection_external_access_blocked(tmp_path, text):
 
 
 def test_only_database_module_calls_duckdb_connect():
-    """Every connection has the settings of one function."""
+    """Connections get their settings in one module; the SQL child process has its own."""
     own = {"database.py", "sql_child.py"}
     for path in (ROOT / "lsq_core").rglob("*.py"):
         if path.name not in own:
             assert "duckdb.connect(" not in path.read_text("utf8"), path
 
 
-# --- sharing, disks, rights -----------------------------------------------------------------
+# --- sharing, disks, permissions ------------------------------------------------------------
 
 
 def test_store_concurrent_creation(tmp_path):
@@ -218,7 +218,7 @@ def test_store_concurrent_creation(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 KiB; needs the right to mount one."""
+    """A 256 KiB file system; tests are skipped if it cannot be mounted."""
     with mount_small_disk(tmp_path / "small", "256k") as folder:
         yield folder
 
@@ -277,7 +277,7 @@ def test_results_imports_pandas_before_connecting(populated):
 
 
 def test_connection_progress_bar_disabled(populated):
-    """DuckDB shows one where there is no script file, as in ``python -c``."""
+    """DuckDB shows a progress bar by default if there is no script file, as with ``python -c``."""
     code = (
         "import sys\nfrom lsq_core.store.store import Store\n"
         "with Store(sys.argv[1]).connect() as connection:\n"
@@ -306,7 +306,7 @@ def test_repair_intact_database_copies_all_rows(populated, tmp_path):
 
 
 def test_repair_damaged_database_skips_unreadable_rows(populated, tmp_path, capsys):
-    """A table's block is damaged, the others are whole."""
+    """One flipped bit loses rows of the damaged block only, and the lost rows are counted."""
     source, whole = random.Random(2), row_counts(populated)
     path, partial = tmp_path / "damaged.duckdb", 0
     for _ in range(8):
@@ -340,7 +340,7 @@ def test_repair_existing_output_raises(populated, tmp_path):
 
 
 def test_store_concurrent_threads_no_lock_error(tmp_path):
-    """One that opens a file just as another closes it is told "in use", which is no damage."""
+    """DuckDB may report a file as in use if another thread is just closing it."""
     import threading
 
     path, failed = tmp_path / "lsq.duckdb", []

@@ -1,4 +1,4 @@
-"""One name a device, one lock a device; and the dtype that a model computes in there."""
+"""Each device has one name and one lock; and the dtype in which a model computes on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GPU = torch.device("cuda:0")
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with these device nodes, seen by a torch that can use them."""
+    """Return a function that simulates a machine with the given device nodes and torch version."""
 
     def make(*nodes: str, visible: str | None = None, torch_version: str = "2.13.0+cu128") -> None:
         folder = tmp_path / "-".join(["dev", *nodes])
@@ -102,7 +102,7 @@ def test_device_lock_shared_by_aliases(machine, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "computed"),
     [
-        (torch.float32, torch.float32),  # in float16 its range would not do
+        (torch.float32, torch.float32),  # the range of float16 is too small
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
         (torch.float64, torch.float32),
@@ -137,7 +137,7 @@ def test_stored_dtype_read_from_weights(random_model, tmp_path, dtype):
 
 
 def test_load_model_no_host_copy(random_model, monkeypatch):
-    """Not into host memory and from there, which nobody checked for room."""
+    """Weights are loaded directly onto the device: free host memory is not checked for a copy."""
     to_calls = []
     original_to = torch.nn.Module.to
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Sweeps on Ray: the figures of a sweep without it, whatever dies, on a real local cluster."""
+"""Sweeps on a real local Ray cluster match sweeps without Ray, even if actors or nodes die."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -34,7 +34,7 @@ from tests.conftest import ROOT
 from tests.helpers import find_free_port, wait_for
 
 needs_ray = pytest.mark.skipif(bool(cluster.unavailable_reason()), reason="'make ray' adds Ray")
-#: What tells two measurements of the same apart.
+#: Fields that differ between two measurements of the same plan.
 _NO_FIGURES = ("run", "quantize_seconds", "shipped")
 
 
@@ -68,7 +68,7 @@ def figures(rows: list[dict]) -> list[dict]:
 
 
 def evaluations(store: Store) -> list[tuple]:
-    """Every stored evaluation, by the plan it is of."""
+    """Return all stored evaluations with their method and plan size, sorted."""
     rows = store.query(
         "SELECT r.method, p.bits_per_param, e.corpus, e.perplexity, e.kl FROM evaluations e "
         "JOIN runs r ON e.run = r.id JOIN plans p ON r.plan = p.id"
@@ -76,7 +76,7 @@ def evaluations(store: Store) -> list[tuple]:
     return sorted(rows.itertuples(index=False, name=None))
 
 
-# --- what is asked for ------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------
 
 
 @needs_ray
@@ -152,10 +152,10 @@ def test_actors_for_a_person_to_read():
 @needs_ray
 @pytest.mark.slow
 def test_local_cluster_listens_on_loopback_alone_and_leaves_nothing(monkeypatch, tmp_path):
-    """A cluster starts."""
+    """Starts a cluster."""
     monkeypatch.setenv("HOME", str(tmp_path))
     handler = signal.getsignal(signal.SIGTERM)
-    before = set(psutil.Process().children(recursive=True))  # of other tests
+    before = set(psutil.Process().children(recursive=True))  # started by other tests
     with cluster.connection(cluster.LOCAL, 1, 0):
         assert [node.address for node in cluster.nodes()] == ["127.0.0.1"]
         family = set(psutil.Process().children(recursive=True)) - before
@@ -177,7 +177,7 @@ def test_local_cluster_listens_on_loopback_alone_and_leaves_nothing(monkeypatch,
 def test_sweep_on_ray_has_the_digits_of_one_without(
     source, settings, small_text, other_text, tmp_path
 ):
-    """A cluster starts, and two actors import torch."""
+    """Starts a cluster whose actors import torch."""
     items = requested(small_text, other_text)
     plain, job_folder = new_session(source, tmp_path / "plain"), tmp_path / "job"
     job_folder.mkdir()
@@ -204,7 +204,7 @@ def test_sweep_on_ray_has_the_digits_of_one_without(
 @needs_ray
 @pytest.mark.slow
 def test_task_of_killed_actor_is_done_by_another(source, settings, small_text, tmp_path):
-    """A cluster starts, and an actor twice."""
+    """Starts a cluster, and one of its actors twice."""
     items = requested(small_text)
     rows = sweep.sweep(new_session(source, tmp_path / "plain"), items, settings)
     there = new_session(source, tmp_path / "ray")
@@ -217,7 +217,7 @@ def test_task_of_killed_actor_is_done_by_another(source, settings, small_text, t
 @needs_ray
 @pytest.mark.slow
 def test_plan_that_kills_its_actors_fails_alone(source, settings, small_text, tmp_path):
-    """Actors start again as often as one plan kills them."""
+    """Starts a cluster, and an actor again each time the plan kills one."""
     there = new_session(source, tmp_path / "ray")
     items = requested(small_text, budgets=("2.6bpp", "3.6bpp"))
     found = sweep.sweep(there, items, settings, on_ray(settings, "KilledByPlan"))
@@ -231,7 +231,7 @@ def test_plan_that_kills_its_actors_fails_alone(source, settings, small_text, tm
 @needs_ray
 @pytest.mark.slow
 def test_groups_shrink_where_memory_lacks(source, settings, small_text, tmp_path):
-    """A cluster starts."""
+    """Starts a cluster."""
     items = requested(small_text)
     there = new_session(source, tmp_path / "ray")
     cores = len(os.sched_getaffinity(0))
@@ -262,7 +262,7 @@ def test_groups_shrink_where_memory_lacks(source, settings, small_text, tmp_path
 def test_node_that_differs_is_refused_by_name(
     source, settings, small_text, tmp_path, evaluator, kind, named
 ):
-    """A cluster starts."""
+    """Starts a cluster."""
     there = new_session(source, tmp_path / "ray")
     items = requested(small_text, budgets=("3.6bpp",))
     with pytest.raises(kind, match=named):
@@ -274,7 +274,7 @@ def test_node_that_differs_is_refused_by_name(
 
 
 def start_node(stack: ExitStack, *options: str) -> subprocess.Popen:
-    """A node that ends with the test, and its processes with it."""
+    """Start a node; closing the stack kills it and its child processes."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
     command += ["--node-ip-address", "127.0.0.1", "--disable-usage-stats", *options]
     command += ["--include-dashboard", "false"] if "--head" in options else []
@@ -287,15 +287,13 @@ def start_node(stack: ExitStack, *options: str) -> subprocess.Popen:
 
 
 def end_node(process: subprocess.Popen) -> None:
-    """Kill a node with everything that it started."""
+    """Kill a node and its child processes."""
     if process.poll() is None:
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for child in family:
-            with ExitStack() as quiet:
-                quiet.callback(lambda: None)
-                if child.is_running():
-                    child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
     process.wait()
 
 
@@ -304,7 +302,7 @@ def end_node(process: subprocess.Popen) -> None:
 def test_sweep_on_a_cluster_of_two_nodes_survives_one(
     source, settings, small_text, other_text, tmp_path, monkeypatch
 ):
-    """Two nodes start, and one of them is killed once it has measured something."""
+    """Starts two nodes, and kills one once every actor has measured something."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     address, items = f"127.0.0.1:{find_free_port()}", requested(small_text, other_text)
     rows = sweep.sweep(new_session(source, tmp_path / "plain"), items, settings)
@@ -329,7 +327,7 @@ def test_sweep_on_a_cluster_of_two_nodes_survives_one(
 
 
 def wait_for_nodes(address: str, count: int) -> None:
-    """Wait until a cluster has so many nodes."""
+    """Wait until a cluster has at least ``count`` live nodes."""
     script = (
         "import ray, sys, time\n"
         "while True:\n"
@@ -344,7 +342,7 @@ def wait_for_nodes(address: str, count: int) -> None:
     subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=400, check=True)
 
 
-# --- as a job -----------------------------------------------------------------------------------
+# --- jobs ---------------------------------------------------------------------------------------
 
 
 def start_job(source: ModelSource, folder: Path, text: Path) -> jobs.Job:
@@ -355,7 +353,7 @@ def start_job(source: ModelSource, folder: Path, text: Path) -> jobs.Job:
 
 
 def actors_started(job: jobs.Job) -> bool:
-    """Whether the job asked for actors; they take seconds to import what they need."""
+    """Return whether the active job has requested actors, whose imports take seconds."""
     assert jobs.read(job.folder).active, jobs.read(job.folder).message
     return bool(status.read_actors(job.folder))
 
@@ -364,7 +362,7 @@ def actors_started(job: jobs.Job) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["cancel", "kill"])
 def test_job_on_ray_ends_with_its_processes_and_goes_on(source, small_text, tmp_path, way):
-    """A cluster starts twice."""
+    """Starts a cluster twice."""
     Store(tmp_path / "lsq.duckdb")
     job = start_job(source, tmp_path, small_text)
     wait_for(lambda: actors_started(job), 300)

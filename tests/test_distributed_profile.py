@@ -1,4 +1,4 @@
-"""Profiles on Ray: the scores of a profile without it, on a real local cluster."""
+"""Profiles on a real local Ray cluster have the same scores as profiles without Ray."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def in_order(values: pd.DataFrame) -> pd.DataFrame:
     return values.sort_values(["metric", "module", "config"], ignore_index=True)
 
 
-# --- what is measured apart ---------------------------------------------------------------------
+# --- splitting by metric and layer --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [1, 3, 7, 100])
@@ -53,7 +53,7 @@ def test_every_metric_and_layer_is_in_one_task(parts):
     groups = dict(split(info, [*METRICS], parts))
     assert groups["kurtosis", "weight_error"][0].stop <= -(-info.layers // parts) + 1
     assert len(groups["loss_impact",]) <= parts
-    if 1 < parts < info.layers:  # later layers run fewer blocks again
+    if 1 < parts < info.layers:  # later layers rerun fewer blocks
         assert len(groups["loss_impact",][0]) < len(groups["loss_impact",][-1])
 
 
@@ -84,7 +84,9 @@ def test_progress_of_some_layers_reaches_its_end(random_model, settings):
 
 
 @needs_ray
+@pytest.mark.slow
 def test_profile_on_ray_has_the_digits_of_one_without(source, settings, tmp_path):
+    """Starts a cluster, and an actor again."""
     wanted = ["loss_impact", "expected_kl"]
     here = new_session(source, tmp_path / "here").profile(settings, wanted)
     reports = []
@@ -103,9 +105,11 @@ def test_profile_on_ray_has_the_digits_of_one_without(source, settings, tmp_path
 
 
 @needs_ray
+@pytest.mark.slow
 def test_layers_that_kill_their_actors_end_a_profile_in_a_sentence(
     source, settings, tmp_path, monkeypatch
 ):
+    """Starts a cluster, and an actor again."""
     monkeypatch.setattr(profiles, "MAX_MOVES", 1)
     session = new_session(source, tmp_path / "there")
     measure = RayProfiler(cluster.LOCAL, 1, 1, failing_actors.KilledByLayer)

@@ -43,7 +43,7 @@ def test_interval_contains_mean():
     ids=lambda protocol: protocol.name,
 )
 def test_evaluation_matches_plain_loop(random_model, protocol):
-    """Every token's divergence, from both models' whole logits in float64."""
+    """Compare with each token's divergence, computed from both models' full logits in float64."""
     folder = random_model("llama-gqa")
     full = load_model(ModelSource(str(folder)), "cpu").model
     other = load_model(ModelSource(str(folder)), "cpu").model

@@ -25,9 +25,9 @@ from tests.helpers import evaluate_model
 
 
 def plain_loop(model, ids, context, step, bos, drop_tail):
-    """Window after window through the model's own ``loss``, as its documentation does it.
+    """Return each window's summed negative log-likelihood and number of predicted tokens.
 
-    The summed negative log-likelihood of each window, and its predicted tokens.
+    The windows are scored one by one with the model's own ``loss``, as in its documentation.
     """
     stream = ([] if bos is None else [bos]) + list(ids)
     sums, counts = [], []
@@ -114,7 +114,7 @@ def test_kl_of_model_with_itself_is_zero(demo, ids):
 
 
 def models_and_texts(demo, ids):
-    """Two models and two texts of different lengths, and each pair of them alone."""
+    """Return two quantized models and two texts of different lengths."""
     models = [
         quantize_model(
             QuantizationTask(demo, dict.fromkeys(demo.info.matrices, stop)), get_quantizer("rtn")
@@ -159,7 +159,7 @@ def test_evaluate_together_runs_reference_once_per_batch(demo, ids):
         hook.remove()
     tokens = [sum(n for at, n in calls if at == id(part)) for part in parts]
     windows = [w for text in texts for w in make_windows(len(text.ids) + 1, text.protocol)]
-    shared_prefix = 64  # the first text's first window, which its second one begins with
+    shared_prefix = 64  # the first text's first window is a prefix of its second
     assert tokens == [sum(w.stop - w.start for w in windows) - shared_prefix] * 3
 
 
@@ -180,12 +180,12 @@ def test_evaluate_together_yields_texts_in_order(demo, ids):
 
 
 def test_evaluate_together_resumes_from_checkpoint(demo, ids, tmp_path):
-    """Also when no other model or text is beside it the second time."""
+    """Results are also reused if the second call has fewer models and texts."""
     models, texts = models_and_texts(demo, ids)
     files = [[tmp_path / f"{t}-{m}.npz" for m in range(2)] for t in range(2)]
 
     first = evaluate_models(models, texts, bos=0, reference=demo.model, checkpoints=files)
-    first_results = next(first)  # the first text is kept whole, and so are the windows read with it
+    first_results = next(first)  # saves the first text in full, and other windows of its batches
     first.close()
     forward_calls = []
     hook = models[1].register_forward_pre_hook(lambda m, args: forward_calls.append(len(args[0])))
@@ -263,7 +263,7 @@ def test_protocol_named():
 
 
 def test_llamacpp_windows_score_second_halves():
-    """Of each 512 tokens llama.cpp scores the predictions from the 257th on, the last excepted."""
+    """Of each 512 tokens, llama.cpp scores the predictions from the 257th on, except the last."""
     windows = make_windows(2000, Protocol.named("llamacpp-512", 8192))
     assert [(w.start, w.stop) for w in windows] == [(0, 512), (512, 1024), (1024, 1536)]
     assert {w.scored for w in windows} == {255}

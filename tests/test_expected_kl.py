@@ -1,4 +1,4 @@
-"""The expected KL divergence against a plain loop, and against what is measured."""
+"""The expected KL divergence against a plain loop and against measured divergences."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def settings(small_text):
 
 
 def plain_scores(loaded, settings):
-    """One backward pass through the whole model for each sequence and draw; float64 sums."""
+    """Return scores from one full backward pass per sequence and draw, summed in float64."""
     ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
     sequences = ids[: backward.MAX_SEQUENCES]
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def test_expected_kl_matches_plain_loop(architecture, random_model, settings):
 
 @pytest.mark.slow
 def test_sums_are_close_to_what_is_measured():
-    """Uniform plans of the demo model on the same text; half a minute to measure it."""
+    """Uniform plans of the demo model on the same text; measuring takes half a minute."""
     loaded = load_model(ModelSource("demo"), "cpu")
     settings = ProfileSettings("rtn")
     profile = measure_profile(loaded, settings, "key", metrics=METRIC)
@@ -129,12 +129,12 @@ def test_streamed_profile_equals_loaded(random_model, settings, tmp_path):
     assert streamed.by_config("expected_kl") == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
-# --- products of different matrices ------------------------------------------------------------
+# --- cross terms -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pairs():
-    """A problem, and samples of its matrices that fall with the bits."""
+    """A problem, and samples of its matrices whose scale halves from stop to stop."""
     of = random_problem(layers=4)
     random = np.random.default_rng(0)
     shape = (len(of.matrices), 16, 1)

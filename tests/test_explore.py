@@ -1,4 +1,4 @@
-"""The Explore page's views: what they draw is what the store and the weight files hold."""
+"""The Explore page's views show the data of the store and the weight files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def session(random_model, small_text) -> tuple[Session, ProfileSettings]:
 
 
 def interrupt_in(stage: str):
-    """A report that ends the process's work in a stage, as a kill does."""
+    """Return a report function that raises ``KeyboardInterrupt`` partway through a stage."""
 
     def report(at, done, total, message):
         if at == stage and 0 < done < total:
@@ -119,7 +119,7 @@ def test_profile_resumes_missing_metrics_only(session):
 
 
 def test_scores_by_an_earlier_definition_are_measured_again(session, monkeypatch):
-    """A metric that reads other tokens than it did: stored scores of it are not mixed with new."""
+    """After a metric's definition changes, its stored scores are not mixed with new ones."""
     session, settings = session
     before = session.profile(settings, ["loss_impact"])
     monkeypatch.setattr(METRICS["loss_impact"], "definition", "the first 4 tokens")
@@ -140,7 +140,7 @@ def test_profile_interrupted_in_weights_stores_nothing(session):
 
 
 def test_profile_concurrent_measurements_are_merged(session, monkeypatch):
-    """The second began before the first had kept anything, and ends after it."""
+    """The second starts before the first has stored anything, and ends after it."""
     first, settings = session
     late = Session(first.source, first.store, "cpu")
     whole = first.profile(settings)
@@ -166,7 +166,7 @@ def test_profile_in_parts_matches_single_pass(session):
 
 
 def leave_partial_profile(filled: Filled) -> Store:  # noqa: F811
-    """The database as a job leaves it that is killed after its first part."""
+    """Return the database as left by a job that was killed after its first part."""
     found = Store(filled.path)
     with found.connect() as connection:
         connection.execute("DELETE FROM scores WHERE metric LIKE 'sensitivity%'")
@@ -188,7 +188,7 @@ def test_explore_partial_profile_shown_as_incomplete(filled):  # noqa: F811
         assert first_line(app).endswith("is incomplete.")
 
 
-# --- the heatmap and the layers that are named ----------------------------------------------
+# --- heatmap and headline -------------------------------------------------------------------
 
 
 def select_metric(app, metric: str) -> None:
@@ -221,7 +221,7 @@ def test_heatmap_cells_match_store(store, metric):  # noqa: F811
 
 
 def test_headline_names_sensitive_and_flagged_layers_apart(store):  # noqa: F811
-    """Kurtosis of Llama-2-7B is highest in layer 0, which Algorithm 1 cannot flag."""
+    """Llama-2-7B's kurtosis is highest in layer 0, which Algorithm 1 cannot flag."""
     app = open_page("Explore", model=SEVEN)
     select_metric(app, "kurtosis")
     top, _, jumps = first_line(app).partition(". ")
@@ -238,7 +238,7 @@ def test_headline_names_sensitive_and_flagged_layers_apart(store):  # noqa: F811
 
 
 def test_metric_follows_what_is_measured_unless_chosen(store):  # noqa: F811
-    """Llama-2-70B has no sensitivity: its kurtosis is nobody's choice for the next model."""
+    """Llama-2-70B has no sensitivity: its kurtosis is shown, but not for the next model."""
     app = open_page("Explore", model=SEVENTY)
     assert app.session_state["layers_view"] == "kurtosis"
     app.sidebar.selectbox(key="model").set_value(SEVEN).run()
@@ -289,7 +289,7 @@ def traces(spec: dict, axis: str) -> list[dict]:
 
 
 def steps_shown(app) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, differences by layer, and z-scores as drawn."""
+    """Return the drawn scores, differences by layer, and z-scores."""
     spec = chart(app)
     scores = next(t for t in traces(spec, "y") if t["mode"] == "lines+markers")
     points = [t for t in traces(spec, "y2") if "trimmed" in t["name"] and t["mode"] == "markers"]
@@ -326,7 +326,7 @@ def test_algorithm_view_matches_detect_outliers(store, metric, ratios):  # noqa:
 
 
 def test_algorithm_view_tells_falls_and_first_layer(store):  # noqa: F811
-    """Kurtosis of Llama-2-7B's q_proj is highest in layer 0, then falls back twice."""
+    """The kurtosis of Llama-2-7B's q_proj is highest in layer 0, then falls twice."""
     app = open_page("Explore", model=SEVEN, see="algorithm")
     next(g for g in app.get("button_group") if g.key == "detect").set_value("kurtosis").run()
     app.selectbox(key="detect_type").set_value("self_attn.q_proj").run()
@@ -377,7 +377,7 @@ def test_steps_of_trimmed_values_excluded_from_mean():
 
 
 def overlay_lines(app) -> dict[tuple[str, str], list[float]]:
-    """(line, part) to values, as drawn."""
+    """Return the drawn values by (line, part)."""
     spec = figure(app, 0)
     parts = [note["text"] for note in spec["layout"]["annotations"]]
     return {(t["name"], parts[int(t["yaxis"][1:] or 1) - 1]): _array(t["y"]) for t in spec["data"]}
@@ -448,7 +448,7 @@ def test_overlay_config_colors_and_model_selection(store):  # noqa: F811
 
 
 def test_pattern_correlations_computed_per_part():
-    """Two parts of different size whose layers run the other way round don't agree."""
+    """Lines that are opposite within each part disagree, even if the parts differ in scale."""
     frame = pd.DataFrame(
         [
             (line, part, layer, base + sign * layer)
@@ -658,12 +658,12 @@ def test_weights_view_published_model_shows_message(store):  # noqa: F811
     assert not app.error
 
 
-# --- a quantizer of few stops ---------------------------------------------------------------
+# --- a quantizer with few stops -------------------------------------------------------------
 
 
 @pytest.fixture
 def nf4_profile(filled: Filled) -> tuple[Session, ProfileSettings]:  # noqa: F811
-    """The model of the other tests, profiled with NF4 as well."""
+    """The model of the other tests, also profiled with NF4."""
     settings = replace(filled.settings, quantizer="nf4")
     session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
     session.profile(settings)
@@ -677,8 +677,8 @@ def test_nf4_profile_has_only_4_bit_stops(nf4_profile):
     assert set(by_metric.index) == set(default_metrics())
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         assert set(by_metric[metric]) == {"b4g128", "b4g64", "b4g32"}
-    hqq = session.find_profile(replace(settings, quantizer="rtn"))
-    ratio = found.scores("weight_error", QuantConfig(4, 64)) / hqq.scores(
+    rtn = session.find_profile(replace(settings, quantizer="rtn"))
+    ratio = found.scores("weight_error", QuantConfig(4, 64)) / rtn.scores(
         "weight_error", QuantConfig(4, 64)
     )
     assert np.all((ratio > 0.5) & (ratio < 1.5)), "normal weights suit NF4 about as well"

@@ -1,4 +1,4 @@
-"""What is taken out is what the store holds, and a report needs nothing but a browser."""
+"""Exports match the store, and a report needs only a browser."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_tex_escapes_special_characters():
 
 
 def test_reproducing_command_parses_back(store):
-    """The words are read back by the command line's own parser."""
+    """The command line's own parser accepts the command."""
     with store.connect() as connection:
         connection.execute("UPDATE evaluations SET provenance = '{\"max_tokens\": 4000}'")
     record = store.record("000000000003")
@@ -109,7 +109,7 @@ def test_reproducing_unknown_method_is_comment(store):
     assert arguments.reproduce_command(store.record("000000000003")).startswith("# gptq ")
 
 
-# --- pages ----------------------------------------------------------------------------------
+# --- report pages ---------------------------------------------------------------------------
 
 HTML_INJECTION = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 

@@ -1,4 +1,4 @@
-"""What other tools call a model's matrices."""
+"""Names of a model's matrices in other tools."""
 
 from __future__ import annotations
 

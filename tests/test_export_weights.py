@@ -1,6 +1,6 @@
-"""Exports of quantized models to MLX, GGUF and compressed-tensors, read by decoders of the tests.
+"""Exports of quantized models to MLX, GGUF and compressed-tensors, read by independent decoders.
 
-What the tools themselves read is in ``tests/exports``.
+Tests with the tools themselves are in ``tests/exports``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ OTHERS = tuple(name for name in FORMATS if name != "lsq")
 
 
 def bit_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The first ``count`` numbers of ``bits`` bits of each row of 32-bit words, lowest first."""
+    """Unpack ``count`` numbers of ``bits`` bits from each row of 32-bit words, low bits first."""
     stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
     digits = stream[:, : count * bits].reshape(len(words), count, bits).astype(np.int64)
     return (digits << np.arange(bits)).sum(-1)
@@ -83,7 +83,7 @@ def decode_compressed_tensors(tensors: dict[str, np.ndarray], bits: int) -> np.n
 
 @st.composite
 def packed_matrices(draw: st.DrawFn, bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)) -> PackedMatrix:
-    """Matrices whose rows groups of 32 fill, at any configuration; groups may cross rows."""
+    """Matrices of any configuration; row lengths are multiples of 32, groups may cross rows."""
     group_size = draw(st.sampled_from((128, 64, 32)))
     width = 32 * draw(st.integers(1, 6))
     rows = draw(st.integers(1, 3)) * (group_size // 32)
@@ -94,7 +94,7 @@ def packed_matrices(draw: st.DrawFn, bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8))
 
 
 def encode(name: str, packed: PackedMatrix, dtype: str, original: torch.Tensor | None = None):
-    """The exporter's tensors of one matrix as NumPy arrays, and its stored type."""
+    """Return the exporter's tensors of one matrix as NumPy arrays, and its stored type."""
     exporter = get_exporter(name, "split", dtype)
     matrix = ExportMatrix("m", *packed.shape, packed.config)
     [(_, stored)] = choose_types(exporter, [matrix], "hqq", 1).items()
@@ -153,7 +153,7 @@ def test_compressed_tensors_own_decoder_agrees_with_another(packed, name):
     decoded = exporter.decode(as_torch, stored.bits, stored.group_size)
     np.testing.assert_allclose(decoded.numpy(), expected, rtol=1e-6)
     weight, step = packed.dequantize().numpy(), tensors["weight_scale"].max()
-    # Within a step, and what lies beyond the ends of the codes.
+    # Within one step, plus clipping at the ends of the code range.
     assert np.sqrt(((expected - weight) ** 2).mean()) <= 1.5 * step
 
 
@@ -183,13 +183,13 @@ def test_check_bytes_reports_a_difference():
 
 @pytest.fixture(scope="module")
 def random_llama(tmp_path_factory) -> Path:
-    """Grouped queries and tied embeddings, whose rows groups of 128 fill."""
+    """A model with grouped queries and tied embeddings; row lengths are multiples of 128."""
     return save_random_model(tmp_path_factory.mktemp("llama") / "model", "llama-gqa")
 
 
 @pytest.fixture
 def text(tmp_path) -> str:
-    """A text to evaluate on, as a person would name it."""
+    """The path of an evaluation text, as a user would give it."""
     path = tmp_path / "text.txt"
     path.write_text(
         "".join(f"Return the sum of item {i} and what follows it.\n" for i in range(99))
@@ -213,7 +213,7 @@ def test_export_decodes_to_the_plan_or_near_it(name, random_llama, tmp_path):
         own, other = made.model(ids).logits, exported.model(ids).logits
         full = session.loaded.model(ids).logits
     away = (other - own).norm() / (own - full).norm()
-    # Weights that are rounded again differ from the plan's by as much as these do from the full.
+    # Rounding again may change the weights about as much as the first quantization did.
     assert away < {"mlx": 0.02, "gguf": 0.2}.get(name, 1.7)
     assert manifest["exported_bytes"] == exported.row["measured_bytes"]
     assert manifest["exported_bytes"] == sum(t["bytes"] for t in manifest["types"].values())
@@ -232,7 +232,7 @@ def test_export_decodes_to_the_plan_or_near_it(name, random_llama, tmp_path):
     ],
 )
 def test_gguf_exact_types_give_the_same_logits(architecture, base, kind, tmp_path):
-    """The order of rows, biases, tied embeddings and metadata, as transformers reads them."""
+    """Checks row order, biases, tied embeddings and metadata as transformers reads them."""
     model = save_random_model(tmp_path / "model", architecture)
     session, made = quantized(model, base=base, ladder=EXTENDED)
     exported = session.export(made, tmp_path / "out", "gguf")
@@ -308,7 +308,7 @@ def test_mlx_folder_names_every_module(random_llama, tmp_path):
 @pytest.mark.parametrize("name", PACKED_FOLDERS)
 @pytest.mark.parametrize("crossing", ["refuse", "split", "full"])
 def test_groups_that_cross_rows(name, crossing, tmp_path):
-    """160 columns: groups of 64 cross rows, and groups of 32 fill them."""
+    """With 160 columns, groups of 64 cross rows and groups of 32 divide them evenly."""
     model = save_random_model(
         tmp_path / "model", "llama-gqa", hidden_size=160, head_dim=32, num_attention_heads=4
     )
@@ -337,11 +337,11 @@ def test_groups_that_cross_rows(name, crossing, tmp_path):
 
 
 def left_in(folder: Path) -> list[str]:
-    """What is in a folder beside the tests' database."""
+    """Return the names in a folder, except the tests' database."""
     return sorted(path.name for path in folder.iterdir() if "duckdb" not in path.name)
 
 
-# --- what cannot be exported --------------------------------------------------------------------
+# --- unsupported exports ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -450,7 +450,7 @@ def test_convert_and_eval_on_the_command_line(random_llama, text, tmp_path, caps
     assert again["perplexity"] == result["perplexity"]
     [row] = Store().results().to_dict("records")
     assert (row["run"], row["format"]) == (result["run"], "gguf")
-    # The folder is there now, and convert does not touch it.
+    # The folder exists now, so convert refuses to write to it.
     assert main(arguments) == 2
     assert "not empty" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Files written whole and read back with doubt, on real full and read-only disks too."""
+"""Atomic writes and validated reads of files, also on disks that are really full or read-only."""
 
 from __future__ import annotations
 
@@ -27,15 +27,13 @@ from tests.conftest import ROOT
 
 
 def run_on_small_disk(script: str, tmp_path) -> str:
-    """What a Python script prints in a process whose folder is a disk of 1 MiB."""
-    configure_streams = (
-        f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0"'
-    )
+    """Run a Python script whose folder is a 1 MiB disk, and return its output."""
+    mount = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"]).returncode:
         pytest.skip("no disk of its own can be mounted here")
     done = subprocess.run(
-        [*command, configure_streams, script],
+        [*command, mount, script],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)},
@@ -66,7 +64,7 @@ print(sorted(p.name for p in folder.iterdir()), (folder / "a").read_bytes())
 
 
 def test_job_disk_full_reports_failure(tmp_path):
-    """Its last word goes over what was there before, where nothing more can be written."""
+    """The final state overwrites the progress file in place, which needs no more space."""
     message = run_on_small_disk(
         """
 import json, os, subprocess, sys
@@ -183,7 +181,7 @@ def test_arrays_round_trip_or_damaged(tmp_path):
         read_arrays(path, {"x": np.zeros(5)})
 
 
-# --- what libraries say -----------------------------------------------------------------------
+# --- error messages of libraries --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,11 +195,11 @@ def test_arrays_round_trip_or_damaged(tmp_path):
     ],
 )
 def test_reason_of_keeps_message(message, expected, excluded):
-    quote_sql = exception_reason(ValueError(message))
-    assert expected in quote_sql
-    assert excluded not in quote_sql
-    assert 0 < len(quote_sql) <= 402
-    assert quote_sql[-1] not in ".:!,"
+    reason = exception_reason(ValueError(message))
+    assert expected in reason
+    assert excluded not in reason
+    assert 0 < len(reason) <= 402
+    assert reason[-1] not in ".:!,"
 
 
 def test_reason_of_empty_message_uses_cause():
@@ -212,7 +210,7 @@ def test_reason_of_empty_message_uses_cause():
 
 @pytest.mark.parametrize("part", ["x", "x ", "see ", "/a.h:1 ", " /"])
 def test_exception_reason_of_long_message_in_linear_time(part):
-    """In a fraction of a second; the square of its length would take hours."""
+    """Takes a fraction of a second; quadratic time would mean hours."""
     assert len(exception_reason(ValueError(part * 10**6))) <= 402
 
 

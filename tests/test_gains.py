@@ -1,4 +1,4 @@
-"""What a run gains over the uniform run of nearest size."""
+"""The gain of a run over the uniform run nearest in size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = "bits_per_param"
 
 
 def runs(*rows: tuple[str, float, float], quantizer: str = "hqq") -> pd.DataFrame:
-    """Runs named a, b, c … of (method, bits, perplexity); full precision has 7.0."""
+    """Return runs a, b, c, … from (method, bits, perplexity); full precision has 7.0."""
     frame = pd.DataFrame(rows, columns=["method", SIZE, "perplexity"])
     frame["increase"] = frame["perplexity"] / 7.0 - 1
     return frame.assign(evaluation=list("abcdefgh"[: len(rows)]), quantizer=quantizer)
@@ -32,9 +32,9 @@ def test_gain_is_against_uniform_of_nearest_size():
         runs(
             *UNIFORM,
             ("sensiboost", 3.18, 9.0),  # -10 %
-            ("kurtboost", 4.2, 7.6),  # -5 %, though lower
+            ("kurtboost", 4.2, 7.6),  # -5 %, though the perplexity is lower
             ("sensiboost-ablation", 3.2, 1.0),  # a control
-            ("gptq", 3.13, 1.0),  # no plan
+            ("gptq", 3.13, 1.0),  # has no plan
         ),
         SIZE,
     )
@@ -52,7 +52,7 @@ def test_gain_ignores_runs_of_other_sizes():
 
 
 def test_gain_leaves_out_broken_models():
-    """Half a perplexity of 500 is no gain; three times full precision's is the limit."""
+    """Halving a perplexity of 500 is no gain; the limit is three times full precision's."""
     broken = [("uniform", 2.51, 500.0), ("mxq", 2.51, 200.0), ("mxq", 3.13, 9.9)]
     assert gain_at_equal_size(runs(*UNIFORM, *broken), SIZE).evaluation == "e"
     assert first_pair(runs(*UNIFORM, *broken[:2]), SIZE) is None

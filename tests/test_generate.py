@@ -1,4 +1,4 @@
-"""Two texts after one prompt: what each model writes, and the odds that both give it."""
+"""Two models' continuations of a prompt, and the probabilities that both models give them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPT = "Return the number of"
 
 @pytest.fixture(params=["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
 def pair(request, random_model):
-    """A model, the same at two bits, and their tokenizer."""
+    """A model, its 2-bit quantization, and the loaded original with the tokenizer."""
     loaded = load_model(ModelSource(str(random_model(request.param))), "cpu")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(2, 64))
     return (

@@ -1,4 +1,4 @@
-"""GGUF files as models: dequantized once, known by their content, refused in a sentence."""
+"""GGUF files as models: dequantized once, identified by content, rejected with a short error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A data folder of the test's own."""
+    """A data folder for this test only; it does not exist yet."""
     monkeypatch.setenv("LSQ_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -41,7 +41,7 @@ def demo_gguf(tmp_path_factory) -> Path:
 
 
 def write_gguf(folder: Path, target: Path) -> Path:
-    """Write a Llama model as llama.cpp's converter does."""
+    """Write a Llama model to a GGUF file as llama.cpp's converter does."""
     from gguf import GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
     from gguf.constants import MODEL_ARCH
 
@@ -91,7 +91,7 @@ def _write_tokenizer(writer: object, folder: Path) -> None:
 
 
 def test_dequantized_weights_match_file(demo_gguf, home):
-    """Every matrix is within half a step of Q8_0 of what was written, fp16 rounding added."""
+    """Every weight is within half a Q8_0 step of the original, plus fp16 rounding."""
     made = load_model(ModelSource(str(demo_gguf)), "cpu")
     original = load_model(ModelSource("demo"), "cpu")
     assert [m.name for m in made.info.matrices] == [m.name for m in original.info.matrices]
@@ -116,7 +116,7 @@ def test_gguf_streams_like_folder(demo_gguf, home):
 
 
 def test_identity_is_of_content(demo_gguf, home, tmp_path):
-    """Known before and after it is dequantized, under any name; another content is another."""
+    """It does not depend on dequantization or the file's name, and changes with the content."""
     moved = Path(shutil.copy(demo_gguf, tmp_path / "other.gguf"))
     before = identify(ModelSource(str(demo_gguf)))
     info = load_model(ModelSource(str(moved)), "cpu").info
@@ -159,7 +159,7 @@ def test_damaged_file_is_one_sentence(damage, demo_gguf, home, tmp_path):
     elif damage == "truncated":
         raw = raw[: len(raw) // 2]
     elif damage == "header":
-        raw[8:24] = b"\xff" * 16  # numbers of tensors and of entries
+        raw[8:24] = b"\xff" * 16  # counts of tensors and metadata entries
     else:
         raw[24:4096] = np.random.default_rng(0).bytes(4072)
     path = tmp_path / "bad.gguf"
@@ -191,12 +191,12 @@ def test_uninstalled_smollm2_says_how_to_get_it(monkeypatch):
         find_model(ModelSource("smollm2"))
 
 
-# --- the real model --------------------------------------------------------------------------
+# --- SmolLM2 ---------------------------------------------------------------------------------
 
 
 @needs_smollm2
 def test_smollm2_folder_equals_transformers_gguf():
-    """The folder made from the file gives the logits that transformers has of the file."""
+    """The folder made from the file gives the same logits as the file read by transformers."""
     from transformers import AutoModelForCausalLM
 
     made = load_model(ModelSource("smollm2"), "cpu")
@@ -213,7 +213,7 @@ def test_smollm2_folder_equals_transformers_gguf():
 
 @needs_smollm2
 def test_smollm2_is_nearly_b4g32():
-    """Its matrices were stored in blocks of 32 with 16 values, which b4g32 finds again."""
+    """Its matrices were stored in blocks of 32 with 16 values each, which b4g32 recovers."""
     from lsq_core.bits import QuantConfig
 
     made = load_model(ModelSource("smollm2"), "cpu")

@@ -70,7 +70,7 @@ def test_row_scores_match_mean_squared_gradients(random_model, architecture):
 
 
 def _gradient(parameters: dict, matrix: Matrix, model: torch.nn.Module) -> torch.Tensor:
-    """A matrix's own gradient (out, in), found without the code under test."""
+    """Return a matrix's gradient, (out, in), without using the code under test."""
     if matrix.expert is None:
         grad = parameters[f"{matrix.name}.weight"].grad
         return grad.T if "Conv1D" in type(model.get_submodule(matrix.name)).__name__ else grad
@@ -116,7 +116,7 @@ def small(random_model):
 
 
 def quantized_outputs(loaded, ids, scores, chosen, layer, loss):
-    """Outputs of a model in which some matrices are mixed rows, by ways of its own."""
+    """Return outputs with mixed rows in some matrices, without using the code under test."""
     rows = {
         m.name: np.argsort(-scores[m.name])[: option.high_rows(m.out_features)]
         for m, option in chosen.items()
@@ -131,7 +131,7 @@ def quantized_outputs(loaded, ids, scores, chosen, layer, loss):
 
 @pytest.mark.parametrize("loss", ["block", "model"])
 def test_interactions_match_whole_model_losses(small, loss):
-    """Layer 0, whose output no norm follows: M from whole quantized models."""
+    """M of layer 0, whose hidden state has no final norm, from entire quantized models."""
     loaded, ids, scores = small
     first = next(measure_interactions(loaded, ids, scores, OPTIONS, loss))
     assert first.layer == 0
@@ -200,7 +200,7 @@ def test_interactions_group_experts_into_units(random_model):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The demo model with row scores of four sequences."""
+    """The demo model, tokens to measure losses on, and row scores of four other sequences."""
     loaded = load_model(ModelSource("demo"), "cpu")
     blocks = load_calibration(loaded, ProfileSettings().text)
     ids = torch.from_numpy(blocks.ids)
@@ -210,17 +210,17 @@ def demo():
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "layer"), [("block", 12), ("model", 21)])
 def test_predicted_loss_ranks_like_measured_loss(demo, loss, layer):
-    """Slow: M of a block of the demo model takes 561 evaluations, each check one of the model.
+    """Slow: M of a block of the demo model takes 561 evaluations, and each plan another one.
 
-    M is symmetric, the loss falls as ratios grow, a slack budget takes nearly all to the largest,
-    and ½·δᵀMδ of random δ ranks them as the loss does that whole quantized models have.
+    M is symmetric, the loss falls as ratios grow, a slack budget gives nearly all matrices the
+    largest ratio, and ½·δᵀMδ ranks random plans like the measured loss of quantized models.
     """
     loaded, ids, scores = demo
     others = [k for k in range(loaded.info.layers) if k != layer]
     (block,) = measure_interactions(loaded, ids, scores, OPTIONS, loss, known=others)
     assert (block.matrix == block.matrix.T).all()
     alone = np.diag(block.matrix).reshape(7, 5)
-    # A matrix that hardly matters may lose a little more; all together lose less at each step.
+    # The loss of one unimportant matrix may rise slightly; their sum falls at each step.
     assert (alone[:, -1] < alone[:, 0]).sum() >= 6
     assert (np.diff(alone.sum(axis=0)) < 0).all()
     random = np.random.default_rng(0)
@@ -252,7 +252,7 @@ def test_predicted_loss_ranks_like_measured_loss(demo, loss, layer):
 def random_interactions(
     units: int, random: np.random.Generator, coupling: float = 0.3
 ) -> np.ndarray:
-    """An M like measured ones: it falls with the ratio, and units act on one another."""
+    """Return an M like measured ones: it falls as ratios grow, and units interact."""
     fall = np.array([0.98, 0.93, 0.85, 0.78, 0.72])
     base = np.exp(random.normal(size=units))
     tiles = np.zeros((units, 5, units, 5))
@@ -278,7 +278,7 @@ def problem(layers: int = 3, seed: int = 0, types: int = 3, **more: object) -> P
 
 
 def all_plans(small: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every plan there is, its bytes and its loss, one by one and by the quadratic form."""
+    """Return the choices, bytes and loss (by the quadratic form) of all possible plans."""
     choices = np.array(list(itertools.product(range(5), repeat=len(small.matrices))))
     size = small.bytes[np.arange(len(small.matrices)), choices].sum(axis=1)
     loss = np.zeros(len(choices))
@@ -309,7 +309,7 @@ def test_plan_within_0_1_percent_of_brute_force(seed):
 
 
 def test_frontier_large_model_gap_to_bound():
-    """32 blocks of seven, where thinning sets in; most budgets within 0.1 % of the bound."""
+    """With 32 blocks of seven, fronts are thinned; most plans are within 0.1 % of the bound."""
     large = problem(layers=32, types=7)
     frontier = make_frontier(large, PlanRequest("high-impact"))
     gaps = (frontier.losses - frontier.lower_bounds) / frontier.losses
@@ -336,7 +336,7 @@ def test_block_front_matches_brute_force():
 
 
 def test_diagonal_ratios_loss_is_sum_of_diagonal():
-    """Each matrix for itself is a plain knapsack: the sum of its own losses."""
+    """Without interactions, the loss is the sum of the matrices' own losses."""
     small = problem(layers=2, types=3)
     frontier = make_frontier(small, PlanRequest("high-impact", ratios="diagonal"))
     for segment, loss in zip(frontier.segments, frontier.losses, strict=True):
@@ -427,7 +427,7 @@ def test_infeasible_requests_raise():
 
 
 def problem_with_576_columns(group_size: int) -> tuple[Problem, PlanRequest]:
-    """A model with a matrix of 576 columns, and uniform ratios at a group size."""
+    """Return a problem with a 576-column matrix, and a request for uniform ratios."""
     matrices = (Matrix("m.0.q", 0, "q", 128, 128), Matrix("m.0.k", 0, "k", 192, 576))
     impact = build_impact(matrices, {m.name: np.ones(m.out_features) for m in matrices}, {})
     request = PlanRequest("high-impact", budget="2.4bpp", group_size=group_size, ratios="uniform")
@@ -435,7 +435,7 @@ def problem_with_576_columns(group_size: int) -> tuple[Problem, PlanRequest]:
 
 
 def test_indivisible_rows_raise_before_budget():
-    """576 columns and groups of 128: plans took "from inf bpp (inf GiB) to -inf bpp"."""
+    """With groups of 128, plans used to range "from inf bpp (inf GiB) to -inf bpp"."""
     whole, request = problem_with_576_columns(128)
     for call in (
         lambda: whole.feasible,
@@ -471,7 +471,7 @@ def test_clipped_removes_negative_eigenvalues():
 
 
 def test_plan_eleven_module_types_adds_note():
-    """Eleven in a block: enumerated in groups, and the plan says so."""
+    """Blocks of eleven matrices are enumerated in groups, and a note says so."""
     many = problem(layers=2, types=11)
     plan = make_plan(
         many, PlanRequest("high-impact", budget=nominal_budget(many.feasible[1], many))
@@ -514,7 +514,7 @@ def test_combine_is_order_independent():
     np.testing.assert_allclose(one.loss, other.loss)
 
 
-# --- the way through ----------------------------------------------------------------------------
+# --- end to end ---------------------------------------------------------------------------------
 
 
 def command(model: object, text: object, *more: str) -> list[str]:
@@ -526,7 +526,7 @@ def command(model: object, text: object, *more: str) -> list[str]:
 
 @pytest.fixture
 def few(monkeypatch) -> None:
-    """Eight tokens are enough where figures don't matter."""
+    """Measure losses on eight tokens, for tests in which the values don't matter."""
     monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
 
 
@@ -577,7 +577,7 @@ def test_cli_sweep_high_impact_with_uniform(random_model, small_text, capsys, fe
 
 
 def test_interactions_resume_block_by_block(random_model, small_text, few):
-    """What was cut off after a block goes on with the next, and is found the next time."""
+    """An interrupted measurement resumes at the next block; a finished one is reused."""
     source = ModelSource(str(random_model("llama-gqa")))
     settings = ProfileSettings(calibration=str(small_text), samples=60, block_tokens=128)
     request = PlanRequest("high-impact", budget="2.24bpp", loss="model")

@@ -1,4 +1,4 @@
-"""Models on Hugging Face in the pages: looked up without blocking one, and never mistaken."""
+"""Hugging Face models in the app: looked up without blocking a page, and never mixed up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.test_app import first_line, go_to_page, open_page
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Says of every model that it does not exist, once it may."""
+    """Reply that the model does not exist, once ``may_answer`` is set or 30 s have passed."""
 
     def do_GET(self):
         self.server.requests.append(self.path)
@@ -44,7 +44,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A hub on this machine, of which ``may_answer`` says when it does."""
+    """A local hub server that delays its replies until ``may_answer`` is set."""
     from huggingface_hub import constants
 
     with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
@@ -54,7 +54,7 @@ def server(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(hub_lookup, "WAIT_SECONDS", 0.3)
-        monkeypatch.setattr(hub, "TIMEOUT_S", 60.0)  # however slow the machine is
+        monkeypatch.setattr(hub, "TIMEOUT_S", 60.0)  # long enough for a slow machine
         yield server
         server.may_answer.set()
         server.shutdown()
@@ -62,7 +62,7 @@ def server(monkeypatch):
 
 @pytest.mark.parametrize("title", ["Model", "Explore", "Plan", "Run"])
 def test_page_does_not_block_on_hub(server, title):
-    """It says what it looks for, and when there is no such model why, with ways out."""
+    """It shows the lookup, then why the model cannot be opened and what the user can do."""
     server.may_answer.clear()
     name = f"org/slow-{title.lower()}"
     app = open_page("Model", model=name)
@@ -97,7 +97,7 @@ def test_model_page_names_each_unknown_model(server):
 
 
 def test_unreachable_hub_fails_within_5_s(monkeypatch):
-    """Nothing listens there: no request is repeated for half a minute."""
+    """Nothing listens at the address, and requests are not retried for half a minute."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -123,11 +123,11 @@ def test_find_config_missing_model_raises_input_error(server):
         find_config(ModelSource("org/missing"))
 
 
-# --- which model is this ----------------------------------------------------------------------
+# --- model identity ---------------------------------------------------------------------------
 
 
 def test_histogram_cache_separate_without_fingerprint(tmp_path):
-    """Files of neither are whole here, so that nothing but the name tells them apart."""
+    """Incomplete downloads have no fingerprint, so only the name tells the models apart."""
     histograms = []
     for name in ("one", "two"):
         folder = save_random_model(tmp_path / name, "llama-gqa")
@@ -135,7 +135,7 @@ def test_histogram_cache_separate_without_fingerprint(tmp_path):
             inspect_model(ModelSource(str(folder))), source=f"org/{name}", fingerprint=""
         )
         opened = weights.open_weights(folder, info)
-        if name == "two":  # random models of one architecture have the same weights
+        if name == "two":  # random models of the same architecture have equal weights
             _change_a_weight(folder)
         context = SimpleNamespace(info=info)
         histograms.append(weights._matrix_histogram(context, opened, opened.matrices[0]))

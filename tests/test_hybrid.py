@@ -1,4 +1,4 @@
-"""Hybrid quantization: what is learned and how, against its definition; kept and resumed."""
+"""Hybrid quantization: learned parameters against their definition, saving and resuming."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_learned_rounding_initial_and_final_values(axis):
     weight = random_rows()
     rounding = LearnedRounding(weight, CONFIG, axis, "8bit")
     nearest = quantize_matrix(weight, CONFIG, get_quantizer("rtn"), axis=axis)
-    inside = (rounding() - weight).abs() < 1e-5  # but where the stored grid ends short of it
+    inside = (rounding() - weight).abs() < 1e-5  # except beyond the ends of the stored grid
     assert inside.float().mean() > 0.9
-    # a ≥ 0 is V ≥ ½: before any step that is rounding to nearest, ties apart
+    # a ≥ 0 means V ≥ ½: before any step, this is rounding to nearest except for ties
     assert torch.equal(rounding.pack().dequantize(), nearest.dequantize())
     with torch.no_grad():
         rounding.a.copy_(torch.where(torch.rand_like(rounding.a) > 0.5, 9.0, -9.0))
@@ -112,31 +112,31 @@ def small_plan(loaded, group: int = 32) -> Plan:
 
 
 def output_error(loaded, model, ids) -> list[float]:
-    """Mean squared difference of each block's output to full precision."""
+    """Return the mean squared error against full precision of all block outputs but the last."""
     with torch.inference_mode():
         states = [m(ids, output_hidden_states=True).hidden_states for m in (loaded.model, model)]
     return [float((a - b).square().mean()) for a, b in zip(*states, strict=True)][1:-1]
 
 
 def no_progress(done: int, total: int, text: str) -> None:
-    """Report nothing."""
+    """Ignore progress."""
 
 
 @pytest.fixture
 def ids(monkeypatch) -> torch.Tensor:
-    """Random words to learn from in the place of a text, int64 (2, 32)."""
-    plan_options = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+    """Random tokens to learn from instead of a text, int64 (2, 32)."""
+    tokens = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
         hybrid,
         "load_calibration",
-        lambda loaded, settings: SimpleNamespace(ids=plan_options.numpy()),
+        lambda loaded, settings: SimpleNamespace(ids=tokens.numpy()),
     )
-    return plan_options
+    return tokens
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
 def test_hybrid_reduces_output_error(architecture, random_model, ids):
-    """After the first block, whose inputs are those of full precision, on what it learned from."""
+    """Compares the first block, whose inputs are full precision, on the calibration tokens."""
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     plan = small_plan(loaded)
     before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
@@ -201,7 +201,7 @@ def test_hybrid_resumes_after_interruption(random_model, ids, tmp_path):
 
 
 def test_cli_hybrid_run_save_eval(random_model, small_text, tmp_path, capsys, monkeypatch):
-    """Learn, save under a name with the steps, and evaluate again from the saved model."""
+    """Learn with the steps in the quantizer's name, save, and evaluate the saved model."""
     monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
     monkeypatch.setattr(hybrid, "SEQUENCES", 2)
     plan_options = ["--model", str(random_model("llama-gqa")), "--device", "cpu"]
