@@ -1,1 +1,1 @@
-"""Every causal language model that transformers can build, small, through the whole way."""
+"""End-to-end tests of small models of every causal LM architecture in transformers."""

@@ -1,4 +1,4 @@
-"""One small model from inspection to the evaluation of its reloaded, quantized copy."""
+"""Run one small model from inspection to the evaluation of its reloaded, quantized copy."""
 
 from __future__ import annotations
 
@@ -28,21 +28,25 @@ DEMO = Path(__file__).resolve().parents[2] / "data" / "demo_model"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a class went: ``works``, ``refused`` with the reason, ``not built``, or ``fails``."""
+    """The outcome for one class.
+
+    ``state`` is ``works``, ``refused``, ``not built`` or ``fails``; unless it is ``works``,
+    ``reason`` says why.
+    """
 
     model_type: str
     name: str
     state: str
     reason: str = ""
-    #: Weights in the blocks that plans don't touch.
+    #: Descriptions of weights in the blocks that plans leave out.
     left_out: tuple[str, ...] = ()
     seconds: float = 0.0
-    #: Where the model was, which messages name.
+    #: The model's folder, which may appear in ``reason``.
     folder: str = ""
 
 
 def run_end_to_end(model_type: str, name: str, folder: Path) -> Outcome:
-    """Take a class the whole way in a folder of its own, and say how that went."""
+    """Run every stage on a small model of a class in its own folder and return the outcome."""
     started = time.perf_counter()
 
     def outcome(state: str, reason: str = "", left_out: tuple[str, ...] = ()) -> Outcome:
@@ -69,7 +73,7 @@ def run_end_to_end(model_type: str, name: str, folder: Path) -> Outcome:
 
 
 def save_small_model(model_type: str, folder: Path) -> None:
-    """A small random model with the demo model's tokenizer, as a person would have it."""
+    """Save a small random model with the demo model's tokenizer, as a user would have it."""
     model = small_model(model_type)
     try:
         with torch.inference_mode():
@@ -81,7 +85,7 @@ def save_small_model(model_type: str, folder: Path) -> None:
 
 
 def _run_stages(folder: Path) -> tuple[str, ...]:
-    """Inspect, profile, plan, quantize, save, reload, evaluate; returns what is left out."""
+    """Inspect, profile, plan, quantize, save, reload and evaluate; return what plans leave out."""
     text = folder / "text.txt"
     text.write_text("\n".join(f"Return the {i}-th item, or raise IndexError." for i in range(90)))
     store = Store(folder / "lsq.duckdb")
@@ -105,7 +109,7 @@ def _run_stages(folder: Path) -> tuple[str, ...]:
             model(ids, use_cache=False).logits
             for model in (session.loaded.model, requantized, reloaded.model)
         )
-    # The last digit depends on where in memory a tensor begins, which a file decides otherwise.
+    # The last digit depends on memory alignment, which differs for tensors loaded from a file.
     torch.testing.assert_close(
         reloaded_logits, expected_logits, rtol=0, atol=1e-6 * float(expected_logits.abs().max())
     )

@@ -1,4 +1,4 @@
-"""Small, random models of any architecture: its default config, shrunk by rule."""
+"""Small random models of any architecture, from its default config shrunk by rules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 HIDDEN, HEADS, KEY_VALUE_HEADS, LAYERS, EXPERTS, CONTEXT = 64, 4, 2, 3, 4, 256
 VOCABULARY = 4096
-#: Parameters that a small model may have.
+#: Maximum number of parameters of a small model.
 MAX_PARAMETERS = 20_000_000
 
-#: Size of a config's number by its name; the first pattern that fits holds.
+#: Sizes for a config's numbers by name; the first pattern that matches applies.
 _RULES: list[tuple[str, int]] = [
     (r"vocab_size|pad_vocab.*|vocabulary_size", VOCABULARY),
     (r"(num|n)_shared_experts|n_group|topk_group|num_expert_group.*|(mamba_)?n_?groups", 1),
@@ -54,7 +54,7 @@ _RULES: list[tuple[str, int]] = [
     (r".*(sliding_window|window_size|chunk_size|attention_chunk_size|block_size)$", 64),
     (r".*(state_size|d_state|ssm_state_size|time_step_rank|dt_rank)$", 16),
 ]
-#: Lists with an entry a layer, which a config makes anew where it can.
+#: Lists with one entry per layer.
 _PER_LAYER_LIST = re.compile(
     r"layer_types|.*layers?_block_type|.*_pattern|layers|mlp_layer_types|"
     r".*_layer_list|no_rope_layers|.*_layer_ids|.*_layer_idx|block_types"
@@ -62,18 +62,18 @@ _PER_LAYER_LIST = re.compile(
 
 
 class BuildError(Exception):
-    """Why a class can't be built small by rule."""
+    """A class can't be built small by the rules; the message says why."""
 
 
 def architectures() -> dict[str, str]:
-    """Class name by model type, each class once, under the shortest of its model types."""
+    """Return class names by model type, each class once, under its shortest model type."""
     types: dict[str, str] = {}
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         types[name] = min(types.get(name, model_type), model_type, key=len)
     return {model_type: name for name, model_type in types.items()}
 
 
-#: What a config that has no default of its own for these is given, where it can't be built without.
+#: Values for fields that a config has but leaves at None.
 _REQUIRED_DEFAULTS = {
     "head_dim": HIDDEN // HEADS,
     "num_key_value_heads": KEY_VALUE_HEADS,
@@ -81,9 +81,9 @@ _REQUIRED_DEFAULTS = {
     "n_routed_experts": EXPERTS,
     "n_shared_experts": 1,
 }
-#: What a config computes from others, so that it must not be given.
+#: Fields that a config computes from others and that must not be passed.
 _DERIVED_FIELDS = ("qk_head_dim",)
-#: What no rule about single entries can know.
+#: Values per model type that no rule about single fields can derive.
 _MODEL_TYPE_OVERRIDES = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "zamba": {
@@ -108,7 +108,7 @@ _MODEL_TYPE_OVERRIDES = {
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
-    """The default config of a model type with every size shrunk by rule."""
+    """Return the default config of a model type with every size shrunk by the rules."""
     kind = type(AutoConfig.for_model(model_type))
     default = kind().to_dict()
     changed = _shrink_config(default) | _MODEL_TYPE_OVERRIDES.get(model_type, {})
@@ -118,7 +118,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
 
 
 def _shrink_config(values: dict) -> dict:
-    """The entries that change, of a config and of those within it."""
+    """Return the entries of a config that change; a nested config is returned in full."""
     changed: dict[str, object] = {}
     layers = next(
         (v for k, v in values.items() if _size_for(k) == LAYERS and isinstance(v, int)), 0
@@ -142,13 +142,13 @@ def _shrink_config(values: dict) -> dict:
             changed[name] = _shorten_layer_list(value)
         elif isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
             changed[name] = {k: v for k, v in value.items() if int(k) < LAYERS}
-    if "kv_lora_rank" in values:  # latent attention has a key for each query
+    if "kv_lora_rank" in values:  # latent attention has one key per query head
         changed["num_key_value_heads"] = HEADS
     return changed
 
 
 def _clamp_token_id(value: object) -> object:
-    """A token's number, or several, that the vocabulary has."""
+    """Clamp a token id, or a list of ids, to the vocabulary."""
     if isinstance(value, list):
         return [_clamp_token_id(v) for v in value]
     return min(value, VOCABULARY - 1) if isinstance(value, int) else value
@@ -159,14 +159,17 @@ def _size_for(name: str) -> int | None:
 
 
 def _shorten_layer_list(entries: list) -> list:
-    """One entry a layer, with every kind that there is while there is room."""
+    """Return one entry per layer, with as many of the different kinds as fit."""
     kinds = list(dict.fromkeys(map(str, entries)))
     first = [entries[[str(e) for e in entries].index(kind)] for kind in kinds]
     return (first + entries)[:LAYERS]
 
 
 def small_model(model_type: str, seed: int = 0) -> torch.nn.Module:
-    """A random model in float32; raises :class:`BuildError` where the rules don't fit."""
+    """Return a random model in float32.
+
+    Raises :class:`BuildError` if the model can't be built or remains too large.
+    """
     torch.manual_seed(seed)
     try:
         config = small_config(model_type)

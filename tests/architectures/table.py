@@ -1,7 +1,7 @@
-"""Every class, each in its turn and within a time limit, as a table: ``make architectures``.
+"""Run every class within a time limit and print a table: ``make architectures``.
 
-The README holds the table between two marks; ``--write`` puts it there. Without it, a class that
-fails or others that work than the README says end with status 1.
+The README holds the table between two markers; ``--write`` updates it. Without ``--write``, the
+exit status is 1 if a class fails or the supported classes differ from those in the README.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from tests.architectures.run_end_to_end import Outcome, run_end_to_end
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = "<!-- architectures: made by `make architectures` -->", "<!-- /architectures -->"
-#: Seconds for one class; one takes about two.
+BEGIN, END = "<!-- architectures: made by `make architectures-table` -->", "<!-- /architectures -->"
+#: Time limit for one class in seconds; a class usually takes about two.
 LIMIT = 120
 
 
 def main() -> int:
-    """Print the table; returns the exit status."""
+    """Print the table; return 1 if a class fails or the README lists other classes, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="write the table to the README")
     options = parser.parse_args()
     outcomes = list(_run_all(options.workers))
     failed = [o for o in outcomes if o.state == "fails"]
@@ -36,21 +36,21 @@ def main() -> int:
     print(table)
     if options.write:
         README.write_text(_replace_table(table), "utf8")
-    elif _supported_row(outcomes) not in README.read_text("utf8"):
-        print("The README names others that work; `make architectures-table` writes this table.")
-        failed = failed or outcomes[:1]
+    outdated = _supported_row(outcomes) not in README.read_text("utf8")
+    if outdated:
+        print("The README lists other model types; `make architectures-table` updates it.")
     for outcome in failed:
         print(f"{outcome.model_type}: {outcome.state}: {outcome.reason}", file=sys.stderr)
     print(f"architectures: {len(outcomes) - len(failed)} passed, {len(failed)} failed")
-    return 1 if failed else 0
+    return 1 if failed or outdated else 0
 
 
 def markdown(outcomes: list[Outcome]) -> str:
-    """The table: what works in one row, then each reason with the model types that it holds for."""
+    """Return the table: supported model types in one row, then those with each other outcome."""
     rows = [_supported_row(outcomes)]
     for state, title in (
         ("refused", "refused"),
-        ("not built", "not built small by rule, so not tried"),
+        ("not built", "no small model could be built, so not tested"),
         ("fails", "fails"),
     ):
         reasons: dict[str, list[str]] = {}
@@ -67,7 +67,7 @@ def markdown(outcomes: list[Outcome]) -> str:
 
 def _supported_row(outcomes: list[Outcome]) -> str:
     works = [o.model_type for o in outcomes if o.state == "works"]
-    return f"| the whole way ({len(works)}) | {_types(works)} |"
+    return f"| supported end to end ({len(works)}) | {_types(works)} |"
 
 
 def _types(types: list[str]) -> str:
@@ -75,18 +75,18 @@ def _types(types: list[str]) -> str:
 
 
 def _generic_reason(outcome: Outcome) -> str:
-    """The reason without what only holds for one run of one class."""
+    """Return the reason without the name and folder of the class."""
     reason = outcome.reason.replace(f"'{outcome.folder}'", "it").replace(outcome.folder, "it")
     return reason.replace(outcome.name, "the class").replace("|", "/").rstrip(".")
 
 
 def _replace_table(table: str) -> str:
-    previous_handler, _, rest = README.read_text("utf8").partition(BEGIN)
-    return previous_handler + table + rest.partition(END)[2]
+    before, _, rest = README.read_text("utf8").partition(BEGIN)
+    return before + table + rest.partition(END)[2]
 
 
 def _run_all(workers: int) -> Iterator[Outcome]:
-    """Every class in turn, ``workers`` at a time, each process with one thread."""
+    """Yield the outcome of every class; run ``workers`` at a time, with one thread each."""
     from tests.architectures.small import architectures
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -111,7 +111,7 @@ def _run_one(item: tuple[str, str]) -> Outcome:
             with _time_limit():
                 outcome = run_end_to_end(model_type, name, Path(folder))
         except TimeoutError:
-            outcome = Outcome(model_type, name, "fails", f"more than {LIMIT} s")
+            outcome = Outcome(model_type, name, "fails", f"timed out after {LIMIT} s")
     print(f"{outcome.state:10}{outcome.seconds:6.1f} s  {model_type}", file=sys.stderr, flush=True)
     return outcome
 

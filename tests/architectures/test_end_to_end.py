@@ -1,4 +1,4 @@
-"""Twenty-one kinds of architecture go the whole way; ``make architectures`` takes all of them."""
+"""Run 21 kinds of architecture end to end; ``make architectures`` runs all of them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from lsq_core.model.source import ModelSource
 from tests.architectures.run_end_to_end import run_end_to_end, save_small_model
 from tests.architectures.small import architectures
 
-#: Model types, and how far each gets.
+#: Expected outcome by model type.
 EXPECTED_STATES = {
     "axk2": "works",  # latent attention, whose code reads a linear module's weight
-    "bamba": "works",  # attention and state space in turn
-    "bart": "works",  # a decoder whose cross-attention nothing reaches
+    "bamba": "works",  # alternating attention and state-space layers
+    "bart": "works",  # a decoder whose cross-attention is never used
     "bloom": "works",  # ALiBi, fused QKV
     "cohere": "works",  # parallel blocks
     "deepseek_v3": "works",  # latent attention, shared and routed experts
-    "deepseek_v4": "works",  # grouped linear modules with a forward of their own
+    "deepseek_v4": "works",  # grouped linear modules with a custom forward
     "falcon": "works",  # multi-query, fused QKV
     "falcon_mamba": "works",  # weights read directly
-    "gpt_neo": "works",  # local and global attention in turn
-    "granitemoe": "works",  # parallel experts: one 3-D parameter called weight
+    "gpt_neo": "works",  # alternating local and global attention
+    "granitemoe": "works",  # parallel experts: one 3-D parameter named weight
     "jamba": "works",  # attention, state space and experts
-    "jetmoe": "works",  # experts in attention, too
-    "llama4": "works",  # experts as (in, out) without saying so; a router of its own
+    "jetmoe": "works",  # experts in attention as well
+    "llama4": "works",  # undeclared (in, out) experts; a custom router
     "mamba": "works",  # no attention at all
-    "phimoe": "works",  # a router that is a linear module with a forward of its own
-    "prophetnet": "works",  # hidden states of several streams for each token
+    "phimoe": "works",  # a router that is a linear module with a custom forward
+    "prophetnet": "works",  # several streams of hidden states per token
     "qwen3_next": "works",  # linear attention
     "rwkv": "works",  # a recurrence
     "stablelm": "works",  # partial rotary embeddings

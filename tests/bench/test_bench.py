@@ -1,7 +1,7 @@
-"""Every row of the benchmark that this machine can measure, held against what was recorded.
+"""Compare every benchmark row that this machine can measure with its recorded ratio.
 
-``python -m lsq_core bench --record``, on a machine that does nothing else, writes what was
-recorded. A ratio under 80 % of that fails, as does a row that was never recorded.
+``python -m lsq_core bench --record`` on an idle machine records the ratios. A row fails if its
+ratio is below 80 % of the recorded one, or if it was never recorded.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lsq_core.bench import MIN_RATIO_SHARE, ROWS, Pair, Row, measure, recorded
 from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 
-#: Rows that take more than ten seconds: each side is measured once an attempt, else three times.
+#: Rows that take more than ten seconds: measured once per attempt, other rows three times.
 SLOW = ("solver_cpu_eager", "profile", "perplexity", "replan10", "sweep12", "plan_cold")
-#: Neighbours can slow a measurement down but never speed both sides up alike, so a row is slower
-#: only when it was so every time.
+#: Attempts per row. Other load on the machine can only slow a measurement down, so a row counts
+#: as slower only if every attempt was.
 ATTEMPTS = 3
 
 
 def regression_message(row: Row, known: dict[str, float], slowness: float = 1.0) -> str:
-    """What is too slow about a row on a machine that takes ``slowness`` times as long, or ''."""
+    """Return what is too slow about a row on a machine ``slowness`` times as slow, or ''."""
     if row.most_s is not None:
         spent = row.ours_s if row.processor_s is None else row.processor_s
         limit = row.most_s * slowness
@@ -43,7 +43,7 @@ def regression_message(row: Row, known: dict[str, float], slowness: float = 1.0)
     "id", [pytest.param(id, marks=pytest.mark.slow) if id in SLOW else id for id in ROWS]
 )
 def test_bench_row_meets_limits(id, slowness):
-    """Slow: a profile, ten runs, long texts and cold processes are measured side by side."""
+    """Slow rows measure a profile, ten runs, long texts and cold processes, ours and theirs."""
     for _ in range(ATTEMPTS):
         (row,) = measure([id], repeats=1 if id in SLOW else 3)
         if row.reason:
@@ -138,7 +138,7 @@ def test_row_that_needs_a_gpu_says_so(id, monkeypatch):
 
 
 def test_gpu_rows_measure_on_any_device(small_text):
-    """What they do is the same on a CPU, with fewer tokens and a smaller layer."""
+    """Runs the same code on a CPU, with fewer tokens and a smaller layer."""
     from lsq_core.bench import gpu, packed
     from lsq_core.profiling.settings import ProfileSettings
 

@@ -1,7 +1,7 @@
-"""Every budget at once, at the size of Llama-2-70B: 560 matrices at twelve configurations.
+"""The frontier at the size of Llama-2-70B: 560 matrices at twelve configurations.
 
-``pytest -s tests/bench`` prints the figures. Times are of the processor, not of the clock, so that
-a busy machine does not decide; limits are those the project set itself, longer on a slower machine.
+``pytest -s tests/bench`` prints the figures. Processor time is measured, so that other load on the
+machine does not count. The limits are the project's own and are scaled up on a slower machine.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from tests.test_plan import needs_reference, published_problem
 
-#: Budgets in bits per parameter at which the frontier is compared with the optimum.
+#: Number of budgets at which the frontier is compared with the optimum.
 COMPARED = 40
 
 
 def time_call(call: Callable) -> tuple[object, float]:
-    """What a call gives, and the milliseconds of processor time it took."""
+    """Return the result of a call and the processor time it took in milliseconds."""
     started = time.process_time()
     result = call()
     return result, 1000 * (time.process_time() - started)
 
 
 def build_frontier(problem: Problem) -> object:
-    """The frontier, ready for its first budget."""
+    """Build the frontier and plan for a first budget."""
     frontier = make_frontier(problem, PlanRequest("mxq"))
     frontier.at(3 * problem.total / 8)
     return frontier
@@ -47,7 +47,7 @@ def test_frontier_70b_within_time_and_gap_limits(slowness):
     budgets = random.uniform(2.2, 8, 1000) * problem.total / 8
     answers, query_ms = zip(*(time_call(lambda b=b: frontier.at(b)) for b in budgets), strict=True)
     certified = [1 - a.lower_bound / a.objective for a in answers]
-    # Half of the budgets lie where one matrix is much of what is left, and gaps are widest.
+    # Half of the budgets are near the largest, where one matrix matters most and gaps are widest.
     hard_budgets = np.r_[
         random.uniform(2.2, 8, COMPARED // 2), random.uniform(7.5, 8, COMPARED // 2)
     ]

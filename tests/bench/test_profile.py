@@ -1,6 +1,6 @@
-"""The profile beside the authors' way, and what memory it takes.
+"""The profile's agreement with the authors' method, and its peak memory.
 
-The table of ``python -m lsq_core bench`` has the times; here it has to be right, and small.
+``python -m lsq_core bench`` measures the times.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lsq_core.profiling.calibration import load_calibration
 @pytest.mark.bench
 @pytest.mark.slow
 def test_profile_scores_match_reference_method():
-    """Slow: the demo's 168 matrices at twelve configurations, and at two of them the long way.
+    """Slow: the demo's 168 matrices at twelve configurations, two of them by the authors' method.
 
-    Weights in bfloat16 lie exactly between two codes now and then. Which way such a tie goes
-    depends on the order in which a machine adds float32 numbers, and HQQ's steps can carry one
-    group to another zero point: on one machine that moved one of the 168 matrices by 2.6 %.
+    Weights in bfloat16 sometimes lie exactly between two codes. How such a tie is broken depends on
+    the machine's float32 summation order, and HQQ's steps can then reach another zero point for a
+    group: on one machine this changed the scores of one of the 168 matrices by 2.6 %.
     """
     settings = replace(bench.SETTINGS, samples=5, block_tokens=256)
     ids = torch.from_numpy(load_calibration(bench.open_demo(), settings.text).ids)
@@ -46,10 +46,11 @@ def test_profile_scores_match_reference_method():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("text", "limit_gib"), [(False, 2.5), (True, 4.0)])
 def test_profile_peak_memory_within_limit(text, limit_gib, tmp_path):
-    """Slow: 512 MiB of weights in 32 blocks, written, and profiled in a process of its own.
+    """Slow: writes 512 MiB of weights in 32 blocks and profiles them in a separate process.
 
-    The limits are those for 8 GiB, in GiB, in proportion to the weights; what Python, torch and
-    transformers take comes on top. Few texts: what they take is no matter of the weights.
+    The limits, in GiB, are for 8 GiB of weights and are scaled to the weights here; the memory of
+    Python, torch and transformers is excluded. Four texts suffice, since the memory for texts does
+    not depend on the weights.
     """
     folder = tmp_path / "model"
     weight_bytes = memory.write_random_model(folder, 512 * 2**20)

@@ -1,4 +1,4 @@
-"""A real Chromium in front of a real server, each with a folder of its own."""
+"""A real Chromium and a real server, each with its own folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OPTIONS = (
     "--disable-sync",
     "--window-size=1440,900",
 )
-#: The figures of all charts as the page holds them, a list of traces each.
+#: Returns the traces of every chart on the page, one list per chart.
 _FIGURES = """
 const plain = (value) => value && value.length !== undefined && typeof value !== 'string'
     ? [...value].map(plain) : value;
@@ -53,7 +53,7 @@ return [...document.querySelectorAll('.js-plotly-plot')].map(traces);
 
 @dataclass(frozen=True)
 class Server:
-    """Where the app answers, and the database it works on."""
+    """A running app: its URL, database and process."""
 
     url: str
     database: Path
@@ -61,13 +61,13 @@ class Server:
 
     @property
     def store(self) -> Store:
-        """Its database."""
+        """The app's database."""
         return Store(self.database)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The app, served on a free port with a database of its own."""
+    """The app on a free port with its own database."""
     with serve("app.py", tmp_path_factory.mktemp("server")) as running:
         yield running
 
@@ -76,8 +76,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def populated_server(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Server]:
-    """The app on a database with a profile and made-up runs of the demo model; and published
-    measurements, where they are at hand."""
+    """The app on a database with a profile and synthetic runs of the demo model.
+
+    The database also has the published measurements, if available.
+    """
     folder = tmp_path_factory.mktemp("stocked")
     if REFERENCE.is_dir():
         shutil.copy(request.getfixturevalue("published_database"), folder / "lsq.duckdb")
@@ -90,10 +92,10 @@ def populated_server(
 
 @contextmanager
 def serve(script: str, folder: Path) -> Iterator[Server]:
-    """A Streamlit script of this project, served on a free port until the block ends."""
+    """Serve a Streamlit script of this project on a free port until the block ends."""
     _require_chromium()
     database, port = folder / "lsq.duckdb", find_free_port()
-    if script == "app.py":  # as people do
+    if script == "app.py":  # as a user starts it
         command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port), "--no-shipped"]
     else:
         command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
@@ -135,14 +137,14 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """One browser for all tests: to start one takes seconds."""
+    """One browser for all tests, since starting one takes seconds."""
     with open_browser(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
 
 
 @pytest.fixture
 def user(server: Server, chromium: object) -> Iterator[User]:
-    """Someone in front of a new tab; a job that the test left behind is ended after it."""
+    """A user with a new tab; jobs that the test leaves running are cancelled afterwards."""
     with new_tab(chromium):
         yield User(chromium, server)
     for job in jobs.list_jobs(disk.jobs_folder(server.store)):
@@ -152,7 +154,7 @@ def user(server: Server, chromium: object) -> Iterator[User]:
 
 @contextmanager
 def new_tab(driver: object) -> Iterator[None]:
-    """A tab of a common browser, as large as a laptop's screen; closed, with all others, after."""
+    """Open a tab of laptop size in a shared browser; close all new tabs when the block ends."""
     first = driver.window_handles[0]
     driver.switch_to.new_window("tab")
     driver.set_window_size(1440, 900)
@@ -167,7 +169,7 @@ def new_tab(driver: object) -> Iterator[None]:
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[object]:
-    """A Chromium with a fresh profile, until the block ends."""
+    """Start Chromium with a profile in a folder; quit when the block ends."""
     _require_chromium()
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
@@ -184,21 +186,22 @@ def open_browser(profile: Path) -> Iterator[object]:
 
 
 class User:
-    """What a person does with the app, in a person's words. Every wait has an end."""
+    """Actions and observations of a person using the app. Every wait has a timeout."""
 
     def __init__(self, driver: object, server: Server) -> None:
         self.driver = driver
         self.server = server
 
     def open(self, address: str = "/") -> None:
-        """Type an address."""
+        """Open an address of the app."""
         self.driver.get(self.server.url + address)
 
     def wait(self, condition: Callable, seconds: float = 30, why: str = "") -> object:
-        """Wait until a condition of the page holds, and give what it gave.
+        """Wait until a condition is true and return its value.
 
-        What the condition looks up may not be there yet, or no longer, or be covered: the first of
-        no elements is none, and an element may be replaced between being found and being read.
+        The condition is retried if an element it looks up is missing, covered by another, or
+        replaced between being found and being read; taking the first of no elements counts as
+        missing.
         """
         from selenium.common.exceptions import (
             ElementClickInterceptedException,
@@ -222,25 +225,27 @@ class User:
             raise AssertionError(f"{why or condition} within {seconds} s; seen: {seen}") from late
 
     def read(self, look: Callable[[], T]) -> T:
-        """What a look at the page gives, whatever it is; taken again where the page is redrawn
-        between finding an element and reading or handling it."""
+        """Return what ``look`` returns, true or not.
+
+        It is retried if the page is redrawn between finding an element and using it.
+        """
         return self.wait(lambda: (look(),))[0]
 
     def all(self, css: str) -> list:
-        """Every visible element that matches."""
+        """Return every visible element that matches."""
         find = self.driver.find_elements
         return self.read(lambda: [e for e in find("css selector", css) if e.is_displayed()])
 
     def texts(self, css: str) -> list[str]:
-        """The text of every visible element that matches."""
+        """Return the text of every visible element that matches."""
         return self.read(lambda: [e.text for e in self.all(css)])
 
     def text(self, css: str) -> str:
-        """The text of the first visible element that matches, once there is one."""
+        """Return the text of the first visible element that matches, once there is one."""
         return self.read(lambda: self.all(css)[0].text)
 
     def attribute(self, css: str, name: str) -> str | None:
-        """An attribute or property of the first visible element that matches, once there is one."""
+        """Return an attribute or property of the first visible element that matches."""
         return self.read(lambda: self.all(css)[0].get_attribute(name))
 
     @property
@@ -249,20 +254,20 @@ class User:
         return self.read(lambda: self.driver.find_element("tag name", "body").text)
 
     def first(self, css: str) -> object:
-        """The first visible element that matches, once there is one.
+        """Return the first visible element that matches, once there is one.
 
-        A script that has ended isn't a page that is drawn: the browser fetches the code of some
-        elements only when they are first shown.
+        The page may be incomplete even after its script has ended: the browser fetches the code of
+        some elements only when they are first shown.
         """
         return self.wait(lambda: self.all(css)[0], why=f"nothing matches {css}")
 
     @property
     def first_line(self) -> str:
-        """The page's headline, or nothing while there is none."""
+        """The page's headline, or '' while there is none."""
         return " ".join(self.texts("[data-testid=stMain] h1"))
 
     def wait_for_headline(self, text: str, seconds: float = 30) -> str:
-        """Wait until the headline has a text; fails at once on an error shown instead."""
+        """Wait until the headline contains a text; fail at once if the page shows an error."""
 
         def headline_or_none() -> str | None:
             broken = self.texts("[data-testid=stException], [data-testid=stAlertContentError]")
@@ -274,20 +279,20 @@ class User:
 
     @property
     def figures(self) -> list[list[dict]]:
-        """The traces of every chart, in the order of the page."""
+        """The traces of every chart, in page order."""
         return self.driver.execute_script(_FIGURES)
 
     def charts(self, number: int = 1) -> list[list[dict]]:
-        """The traces of so many charts, once they are all there and nothing is being redrawn."""
+        """Return the traces of ``number`` charts once all are drawn and the page is idle."""
 
-        def headline_or_none() -> list | None:
+        def figures_or_none() -> list | None:
             matches = self.figures
             return matches if len(matches) == number and all(matches) and self.is_idle() else None
 
-        return self.wait(headline_or_none, why=f"there never were {number} charts")
+        return self.wait(figures_or_none, why=f"there never were {number} charts")
 
     def set_download_folder(self, folder: Path) -> None:
-        """Keep downloads in a folder."""
+        """Save downloads in a folder."""
         folder.mkdir(exist_ok=True)
         self.driver.execute_cdp_cmd(
             "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)}
@@ -295,7 +300,7 @@ class User:
         self.folder = folder
 
     def saved(self, pattern: str) -> Path:
-        """The one file of a name that was downloaded, once it is whole."""
+        """Return the downloaded file that matches a pattern, once it is complete."""
         return self.wait(lambda: next(self.folder.glob(pattern), None), why=f"no {pattern} came")
 
     def is_idle(self) -> bool:
@@ -303,7 +308,7 @@ class User:
         return not self.all("[data-testid=stApp][data-test-script-state=running]")
 
     def click(self, label: str, css: str = "button") -> None:
-        """Click what bears a label."""
+        """Click the first element with a label."""
 
         def try_click() -> bool:
             matches = [e for e in self.all(css) if label in e.text.split("\n")]
@@ -318,13 +323,13 @@ class User:
         self.read(lambda: self.all(css)[0].click())
 
     def press(self, *keys: str) -> None:
-        """Press keys, wherever the focus is."""
+        """Press keys in the element that has the focus."""
         from selenium.webdriver.common.action_chains import ActionChains
 
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def navigate_to(self, page: str) -> None:
-        """Follow a link of the sidebar."""
+        """Follow a link in the sidebar."""
         self.click(page, "[data-testid=stSidebar] a")
 
     def choose(self, label: str, option: str) -> None:
@@ -334,7 +339,7 @@ class User:
         self.wait(self.is_idle)
 
     def type(self, label: str, text: str) -> None:
-        """Put a text into a field, and press Enter."""
+        """Replace a field's text and press Enter."""
         from selenium.webdriver.common.keys import Keys
 
         field = f"input[aria-label='{label}']"
@@ -343,7 +348,7 @@ class User:
         self.wait(lambda: self.all(field)[0].get_attribute("value") == text and self.is_idle())
 
     def metric(self, label: str) -> str:
-        """The value of a figure with a label, once it is there."""
+        """Return the value of the metric with a label, once it is shown."""
 
         def value() -> str | None:
             matches = [e for e in self.all("[data-testid=stMetric]") if label in e.text.split("\n")]

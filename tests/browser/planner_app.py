@@ -1,6 +1,6 @@
-"""The live planner on a random model, and nothing else: what its browser tests drive.
+"""A page with only the live planner on a random model, for its browser tests.
 
-The address says what to mount: ``?layers=24&methods=mxq,sensiboost&experts=8&budget=3.25``;
+The query string selects what to mount: ``?layers=24&methods=mxq,sensiboost&experts=8&budget=3.25``;
 ``serve=vllm`` restricts the plans.
 """
 
@@ -42,7 +42,7 @@ OTHER_BYTES = 524_288_000
 
 
 def random_model(layers: int, experts: int = 1, seed: int = 0) -> Problem:
-    """Seven modules a layer with random scores, hard at the ends and in a few spikes."""
+    """Return seven modules per layer with random scores, high at both ends and in nine matrices."""
     random = np.random.default_rng(seed)
     matrices = []
     for layer in range(layers):
@@ -74,12 +74,12 @@ def random_model(layers: int, experts: int = 1, seed: int = 0) -> Problem:
 
 
 def curve(shift: float) -> Curve:
-    """A perplexity that falls along the budget."""
+    """Return a perplexity curve that falls with the budget."""
     return falling_curve(np.linspace(2.1, 8.6, 200), shift)
 
 
 def uniform_curve() -> Curve:
-    """What is predicted of the uniform plans: more than of any other."""
+    """Return the uniform plans' predicted perplexity, higher than the other curves."""
     return falling_curve(np.array([c.nominal_bits for c in LADDER]), 5)
 
 
@@ -92,7 +92,7 @@ def falling_curve(bits: np.ndarray, shift: float) -> Curve:
 def build_methods(
     layers: int, experts: int, names: tuple[str, ...], pins: tuple[str, ...], serve: str | None
 ) -> tuple[Problem, list[LiveMethod]]:
-    """The model and the methods' frontiers, made once as the pages do."""
+    """Return the model and the methods' frontiers, cached as on the app's pages."""
     model = random_model(layers, experts)
     problem = restrict(model, PlanRequest(names[0], pins=pins, serve=serve))
     methods = []
@@ -110,7 +110,7 @@ def build_methods(
 
 
 def app() -> None:
-    """Mount it; what Python knows stands below."""
+    """Mount the planner and show the script's state below it."""
     st.set_page_config(layout="wide")
     query = st.query_params
     names = tuple(query.get("methods", "mxq").split(","))

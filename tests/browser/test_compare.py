@@ -1,4 +1,4 @@
-"""Comparing in a real browser: what each view shows and each export holds is what SQL says."""
+"""The Compare page in a real browser: views and exports match the database, queried by SQL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.browser
 
 PLOT = ".js-plotly-plot"
 PUBLISHED = "published:Llama-2-7b-hf"
-#: All measured runs, by SQL of the test's own.
+#: All measured runs, by the test's own SQL.
 RUNS = """
 SELECT e.id AS evaluation, r.id AS run, r.method, p.bits_per_param AS bits, r.measured_bytes,
        p.content ->> '$.base' AS base, e.perplexity, e.kl, e.created
@@ -39,7 +39,7 @@ def server(populated_server: Server) -> Server:
 
 @pytest.fixture(autouse=True)
 def restore_runs(server: Server) -> Iterator[None]:
-    """What one test deletes or marks is as it was for the next."""
+    """Undo deletions, stars and notes after each test."""
     yield
     with server.store.transaction() as connection:
         connection.execute("UPDATE runs SET deleted = NULL, starred = false, note = ''")
@@ -55,7 +55,7 @@ def open_view(user: User, view: str, model: str = "demo") -> None:
 
 
 def points(figure: list[dict]) -> dict[str, tuple[float, float]]:
-    """Where the marker of each evaluation is."""
+    """Return the marker's position by evaluation."""
     return {
         point_data[1]: (x, y)
         for line in figure
@@ -67,19 +67,19 @@ def points(figure: list[dict]) -> dict[str, tuple[float, float]]:
 def assert_points_match(
     shown: dict[str, tuple], frame: pd.DataFrame, x: pd.Series, y: pd.Series
 ) -> None:
-    """Every run is drawn, none twice, and where the store says."""
+    """Assert that exactly the evaluations of ``frame`` are drawn, at ``x`` and ``y``."""
     assert set(shown) == set(frame.index)
     for evaluation, place in zip(frame.index, zip(x, y, strict=True), strict=True):
         assert shown[evaluation] == pytest.approx(place), evaluation
 
 
 def opened_run(user: User) -> str:
-    """Which run's card is shown."""
+    """Return the evaluation whose card is shown."""
     return run_by_time(user, "Open run")
 
 
 def run_by_time(user: User, label: str) -> str:
-    """Which run a box shows, by the second it was kept in."""
+    """Return the evaluation selected in a box, by the time in its label."""
 
     def shown_in_box() -> str | None:
         for box in user.all("[data-testid=stSelectbox]"):
@@ -179,7 +179,7 @@ def test_two_runs_view_shows_both_plans(user):
     own = pair["measured_bytes"].iloc[0]
     assert abs(pair["measured_bytes"].iloc[1] - own) == abs(uniform - own).min()
     names = [config.name for config in LADDER]
-    other = rows["created"].idxmax()  # of a long list only the first options are there
+    other = rows["created"].idxmax()  # only the first options of a long list are rendered
     assert rows.loc[other, "base"] != pair["base"].iloc[0]
     labels = add_run_labels(store.results()).set_index("evaluation")["label"]
     user.choose("against", f"{labels[other]} · {rows.loc[other, 'created']:%H:%M:%S}")
@@ -209,7 +209,7 @@ def test_two_runs_view_shows_both_plans(user):
 
 
 def published_full_precision(store: Store) -> float:
-    """The published model's perplexity in full precision."""
+    """Return the published model's full-precision perplexity."""
     return store.query(
         "SELECT perplexity FROM evaluations WHERE run IS NULL AND corpus = 'wikitext2' "
         "AND fingerprint = (SELECT fingerprint FROM models WHERE source = ?)",
@@ -243,7 +243,7 @@ def test_predicted_view_published_runs_match_store(user):
     assert levels == [pytest.approx(full)]
 
 
-# --- one run --------------------------------------------------------------------------------
+# --- single run -----------------------------------------------------------------------------
 
 
 def x_axis_range(user: User) -> list[float]:
@@ -271,7 +271,7 @@ def test_point_click_opens_run_and_keeps_zoom(user):
 
 
 def central_marker(user: User) -> object:
-    """A marker in the middle of what the zoomed chart shows."""
+    """Return the marker closest to the centre of the chart."""
     frame = user.read(lambda: user.first(".js-plotly-plot .nsewdrag").rect)
 
     def distance_to_center(point: object) -> float:
@@ -302,7 +302,7 @@ def test_star_and_note_persist_after_reload(user):
 
 
 def is_in_headline(user: User, evaluation: str) -> bool:
-    """Whether the page's first line is about the method of a run."""
+    """Return whether the headline names the method of an evaluation's run."""
     method = stored_runs(user).loc[evaluation, "method"]
     return PLANNERS[method].title in user.text("h1")
 
@@ -378,7 +378,7 @@ def test_chart_download_as_html_png_svg(user, tmp_path):
 
 
 def test_run_export_report_and_bibtex(user, tmp_path):
-    """Its report is opened from disk, with nothing to reach beyond; and its BibTeX."""
+    """The report works from disk without a network; BibTeX matches the library's."""
     user.set_download_folder(tmp_path / "downloads")
     open_view(user, "size")
     evaluation = opened_run(user)
@@ -411,7 +411,7 @@ def test_run_export_report_and_bibtex(user, tmp_path):
 
 
 def test_run_export_plan_for_another_tool(user, tmp_path):
-    """A file that is what the library gives; one that would differ only once that is accepted."""
+    """Files match the library's; an approximate export must be accepted first."""
     user.set_download_folder(tmp_path / "downloads")
     open_view(user, "size")
     run = user.server.store.record(opened_run(user))["run"]["id"]

@@ -1,4 +1,4 @@
-"""The Explore page's views in a real browser: what each shows is what SQL or the file says."""
+"""The Explore page in a real browser: each view matches the database or the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.browser.conftest import Server, User
 
 pytestmark = pytest.mark.browser
 
-#: The point of the rank scatter that lies furthest from all others: where, and what it is.
+#: Returns the position and data of the rank scatter's point furthest from all others.
 _POINT = """
 const plot = document.querySelector('.js-plotly-plot');
 const box = plot.getBoundingClientRect(), size = plot._fullLayout, points = [];
@@ -41,7 +41,7 @@ def open_view(user: User, see: str, headline: str) -> None:
 
 
 def scores(user: User, metric: str, config: str = "") -> pd.DataFrame:
-    """The demo model's scores of a metric by type (columns) and layer (rows), by SQL."""
+    """Return the demo model's scores of a metric by layer (rows) and type (columns), by SQL."""
     rows = user.server.store.query(
         "SELECT s.type, s.layer, s.value FROM scores s JOIN profiles p ON s.profile = p.id "
         "JOIN models m ON p.fingerprint = m.fingerprint "
@@ -52,7 +52,7 @@ def scores(user: User, metric: str, config: str = "") -> pd.DataFrame:
 
 
 def lines(figure: list[dict]) -> dict[str, list]:
-    """The lines of a chart by name; of several of a name the last."""
+    """Return a chart's lines by name; of several with the same name, the last."""
     return {line["name"]: line["y"] for line in figure if "lines" in (line["mode"] or "")}
 
 
@@ -118,7 +118,7 @@ def test_threshold_slider_updates_flagged_layers(user):
 
 
 def trimmed_deviation(kept: pd.Series) -> float:
-    """SciPy's trimmed deviation: about the mean of what is kept, one degree of freedom less."""
+    """Return SciPy's trimmed standard deviation: about the trimmed mean, with ``ddof=1``."""
     return float(kept.std(ddof=1))
 
 
@@ -170,7 +170,7 @@ def test_rank_scatter_click_selects_module(user):
 
 
 def stable_point(user: User) -> Callable[[], list | None]:
-    """Where the point is, once it stays there."""
+    """Return a condition that gives the point's position once it has stopped moving."""
     positions: list[list] = []
 
     def place() -> list | None:
@@ -186,7 +186,7 @@ def weight(name: str) -> np.ndarray:
 
 
 def test_weights_view_matches_checkpoint(user):
-    """Histogram, percentiles and surface are of the weights in the file."""
+    """Histogram, percentiles and surface match the weights in the file."""
     open_view(user, "weights", "standard deviations from the mean")
     q = weight("model.layers.0.self_attn.q_proj")
     (figure,) = user.charts()

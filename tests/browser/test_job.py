@@ -1,4 +1,4 @@
-"""The whole job as a person does it on the demo model, in a real browser."""
+"""The complete workflow on the demo model in a real browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choose_demo_model(user) -> None:
     user.click("Demo model")
 
 
-#: Keeps the first line and the kurtosis of q_proj of the moment when a first chart is there.
+#: Records the headline and the kurtosis of q_proj when the first chart appears.
 _WATCH = """
 new MutationObserver(() => {
   const plots = [...document.querySelectorAll('.js-plotly-plot')];
@@ -66,7 +66,7 @@ def profile_model(user) -> None:
     assert {"q_proj", "q_proj, k_proj, v_proj"} <= drawn
 
 
-#: The live planner lives in a shadow root, which no selector of the page reaches into.
+#: Finds the live planner in its shadow root, which page selectors cannot reach.
 _PLANNER = """
 for (const element of document.querySelectorAll('*')) {
   const root = element.shadowRoot && element.shadowRoot.querySelector('.lsq');
@@ -98,7 +98,7 @@ def plan_for_budget(user) -> None:
 
 
 def run_plan(user) -> str:
-    """Start it on the Plan page, see it end there, and open it on the Run page."""
+    """Start a run on the Plan page, wait for its result, and return the Run page's perplexity."""
     from selenium.webdriver.common.keys import Keys
 
     user.click("Evaluation")
@@ -125,7 +125,7 @@ def compare_run(user, perplexity: float) -> None:
     assert f"{perplexity:.2f}" in user.wait_for_headline("Best within")
     user.driver.refresh()
     assert f"{perplexity:.2f}" in user.wait_for_headline("Best within")
-    user.open("/Run")  # found again although this browser's session is new
+    user.open("/Run")  # the run is found in a new Streamlit session
     assert f"{perplexity:.2f}" in user.wait_for_headline("Perplexity")
 
 

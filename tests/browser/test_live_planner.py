@@ -1,4 +1,4 @@
-"""The live planner: the browser's plans are Python's, and the plan moves while the slider does."""
+"""The live planner: its plans equal Python's and follow the slider while it is dragged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.browser
 BUDGETS = 200
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# --- the engine alone -----------------------------------------------------------------------
+# --- frontier.js ----------------------------------------------------------------------------
 
 _PLANS_SCRIPT = """
 const [payload, numel, bits, budgets] = arguments;
@@ -60,7 +60,7 @@ return budgets.map((budget) => {
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """An empty page that knows frontier.js and nothing else."""
+    """An empty page with only frontier.js loaded."""
     source = (Path(planner.__file__).parent / "frontier.js").read_text("utf8")
     public = "{ unpack, nominalTable, nominalOfShapes, makeFrontier, makeAnswer, planAt }"
     with open_browser(tmp_path_factory.mktemp("engine") / "chromium") as driver:
@@ -70,12 +70,12 @@ def engine(tmp_path_factory):
 
 
 def assert_same_plans(engine, problem: Problem, frontier: Frontier, seed: int = 0) -> list[float]:
-    """Python's and the browser's answers at random budgets, matrix by matrix; the milliseconds."""
-    low, cell_height = frontier.smallest, problem.feasible[1]
+    """Assert equal plans in Python and JavaScript at random budgets; return times in ms."""
+    low, high = frontier.smallest, problem.feasible[1]
     budgets = [
-        *np.random.default_rng(seed).uniform(low, cell_height, BUDGETS),
+        *np.random.default_rng(seed).uniform(low, high, BUDGETS),
         low,
-        cell_height,
+        high,
         np.inf,
     ]
     numel = planner.encode_array(problem.numel, "<f8")
@@ -99,7 +99,7 @@ def assert_same_plans(engine, problem: Problem, frontier: Frontier, seed: int = 
 
 
 def test_browser_and_python_write_numbers_alike(engine):
-    """Exact ties, powers of two, signs and what rounds to zero among them."""
+    """Includes exact ties, powers of two, negative values and values that round to zero."""
     sizes = [0, 1, 1023, 1024, 15488, 15552, 2**20, 123456789, 2**30, 5 * 2**28 + 1]
     sizes += [1024 + 128 * i for i in range(80)] + [int(1.37**i) for i in range(100)]
     shares = [0, 1e-5, -1e-5, 0.0005, -0.0005, 0.0182, -0.0182, 0.0025, 1.5, -0.25]
@@ -125,7 +125,7 @@ return ladder.map((_, k) => [...heatmap.pen.getImageData(k * pitch + 3, 4, 1, 1)
 
 
 def test_heatmap_paints_every_configuration_in_its_color(engine):
-    """The marks of a cell are kept in one number with its configuration, of which there are 21."""
+    """A cell's marks share a number with its configuration, one of 21."""
     folder = Path(planner.__file__).parent
     script = "".join((folder / name).read_text("utf8") for name in ("frontier.js", "heatmap.js"))
     ladder = [{"name": "", "stop": "", "color": config_color(c)} for c in EXTENDED_LADDER]
@@ -135,7 +135,7 @@ def test_heatmap_paints_every_configuration_in_its_color(engine):
 
 
 def requests(name: str) -> list[PlanRequest]:
-    """A method as it is asked for: by budget alone, and from a base where it has one."""
+    """Return requests for a method: by budget alone, and from a base if it has one."""
     if not PLANNERS[name].has_base:
         return [PlanRequest(name)]
     stops = (0, 2, 5) if "boost" in name else (0,)
@@ -150,10 +150,10 @@ def model(
     gaps: bool = False,
     ladder: tuple[QuantConfig, ...] = LADDER,
 ) -> Problem:
-    """Seven matrices a layer of several sizes with random scores, spiky in a few layers.
+    """Return seven matrices per layer of several sizes, with random scores and a few spikes.
 
-    With ``ties`` costs take few values; with ``gaps`` some costs are missing, and some matrices
-    are filled by small groups only.
+    With ``ties``, costs take few values. With ``gaps``, some costs are missing and one matrix has a
+    size that only small groups divide.
     """
     random = np.random.default_rng(seed)
     width = [128, 64, 64, 128, 320, 320, 320]
@@ -185,7 +185,7 @@ def model(
 
 
 def tied(seed: int, *pins: str, **restrictions: object) -> Problem:
-    """A model restricted by ties, a server and pins."""
+    """Return a model restricted by pins and by ties or a server."""
     return restrict(model(24, seed), PlanRequest("mxq", pins=pins, **restrictions))
 
 
@@ -207,11 +207,11 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("method", [n for n, p in PLANNERS.items() if not p.reads_rows])
 def test_frontier_js_plans_match_python(engine, method, name):
-    """Every matrix of 200 random budgets' plans, the objective and the bound, to the last bit."""
+    """Plans, objectives and bounds at 200 random budgets are identical to the last bit."""
     problem, request_count = PROBLEMS[name](), 0
     for request in requests(method):
         if name == "gaps" and PLANNERS[method].has_base:
-            request = PlanRequest(method, base="3.51", boost_stop=0)  # all groups are of 32
+            request = PlanRequest(method, base="3.51", boost_stop=0)  # all have groups of 32
         if name == "served" and request.base:
             request = replace(request, base="4.13")
         if name == "extended":
@@ -241,11 +241,11 @@ return budgets.map((budget) => ({
 
 
 def test_frontier_js_mixed_rows_plans_match_python(engine):
-    """Complete plans one after another, whose bytes depend on the matrices' shapes."""
+    """A sequence of complete plans, whose bytes depend on the matrices' shapes."""
     mixed = mixed_problem(layers=24, types=7)
     frontier = make_frontier(mixed, PlanRequest("high-impact"))
-    low, cell_height = mixed.feasible
-    budgets = [low, cell_height, *np.random.default_rng(0).uniform(low, cell_height, BUDGETS)]
+    low, high = mixed.feasible
+    budgets = [low, high, *np.random.default_rng(0).uniform(low, high, BUDGETS)]
     model = planner._model_payload(mixed, "8bit")
     payload = planner.frontier_payload(frontier)
     browser_plans = engine.execute_script(
@@ -267,7 +267,7 @@ def test_frontier_js_mixed_rows_plans_match_python(engine):
 @needs_reference
 @pytest.mark.parametrize("name", ["Llama-2-7b-hf", "Meta-Llama-3-8B", "Llama-2-70b-hf"])
 def test_frontier_js_published_models_match_python(engine, name):
-    """The same for what the authors measured, by every method that it suffices for."""
+    """On the authors' measurements, with every method that they suffice for."""
     problem, times, methods = published_problem(name), [], []
     for method, planner_class in PLANNERS.items():
         measured = {*problem.scores, *problem.by_config}
@@ -285,12 +285,12 @@ def test_frontier_js_published_models_match_python(engine, name):
     assert np.median(times) < 2
 
 
-# --- the whole component --------------------------------------------------------------------
+# --- component ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The component on a page of its own, in place of the app."""
+    """The component on a page of its own instead of the app."""
     with serve("tests/browser/planner_app.py", tmp_path_factory.mktemp("planner")) as started:
         yield started
 
@@ -305,7 +305,7 @@ return null;
 
 
 class PlannerPage:
-    """The planner as a person sees and handles it."""
+    """The planner as a user sees and operates it."""
 
     def __init__(self, user, query: str = ""):
         self.user, self.driver = user, user.driver
@@ -314,7 +314,7 @@ class PlannerPage:
         user.wait(lambda: self.runs)
 
     def find_part(self, css: str):
-        """An element of the planner; those of the tables are replaced whenever they are drawn."""
+        """Return an element of the planner; table elements are replaced at every redraw."""
         return self.root.find_element("css selector", css)
 
     def text(self, css: str) -> str:
@@ -335,12 +335,12 @@ class PlannerPage:
         return float(self.data("bits"))
 
     def choice(self, k: int = 0) -> np.ndarray:
-        """The stops that are shown, (n,)."""
+        """Return the stops that are shown, (n,)."""
         return np.array([int(digit, 12) for digit in self.data(f"choice{k}")])
 
     @property
     def python(self) -> str:
-        """What the script below the planner says: its runs and the budget it knows."""
+        """The caption below the planner: the script's number of runs and its budget."""
         return self.user.text("[data-testid=stCaptionContainer]")
 
     @property
@@ -348,7 +348,7 @@ class PlannerPage:
         return int(self.python.split()[1].rstrip(","))
 
     def committed(self, bits: float) -> None:
-        """Wait until Python knows a budget."""
+        """Wait until Python has received a budget."""
         self.user.wait(
             lambda: f"budget {bits:.4f}" in self.python and self.user.is_idle(),
             why=f"Python never heard of {bits}",
@@ -360,7 +360,7 @@ class PlannerPage:
         return ActionChains(self.driver, duration=10)
 
     def hold_thumb(self):
-        """Hold the slider's thumb."""
+        """Return actions that press and hold the slider's thumb."""
         slider = self.find_part(".slider")
         width = slider.size["width"]
         offset = self.pixel(self.bits) - width / 2
@@ -372,14 +372,14 @@ class PlannerPage:
 
     @property
     def track(self) -> tuple[list[float], list[float]]:
-        """Budgets and the shares of the track where they stand, which is straight between."""
+        """Budgets and their positions as shares of the track, linear in between."""
         return tuple(
             [float(text) for text in self.data(name).split(",")]
             for name in ("track-bits", "track-shares")
         )
 
     def pixel(self, bits: float) -> float:
-        """Where a budget stands on the slider."""
+        """Return a budget's x position on the slider in pixels."""
         width = self.find_part(".slider").size["width"]
         return 9 + np.interp(bits, *self.track) * (width - 18)
 
@@ -387,7 +387,7 @@ class PlannerPage:
         self.find_part(".slider").send_keys(*keys)
 
     def type(self, text: str, end: str = "\ue007") -> None:
-        """Put a text into the number field, and press Enter."""
+        """Replace the number field's text and press Enter (or the key ``end``)."""
         field = self.find_part(".typed input")
         field.send_keys("\ue009a\ue000", text, end)
 
@@ -400,7 +400,7 @@ class PlannerPage:
 
 
 def plan_at(bits: float, method: str = "mxq", layers: int = 80) -> np.ndarray:
-    """Python's plan of the page's model; a budget that names a stop is that stop."""
+    """Return Python's plan for the page's model; a budget that names a stop means that stop."""
     problem = planner_app.random_model(layers)
     frontier = make_frontier(problem, PlanRequest(method, boost_stop=3))
     return frontier.at(Budget.parse(f"{bits}bpp", problem.total).nominal_bytes).choice
@@ -457,7 +457,7 @@ new MutationObserver(() => {
 def test_slider_drag_latency_within_limits(user, methods, slowness):
     """80 layers by 7 types: p95 of a step ≤ 60 ms, of release to committed page ≤ 400 ms.
 
-    Both are longer on a slower machine.
+    Both limits are scaled up on a slower machine.
     """
     live = PlannerPage(user, f"methods={methods}")
     live.driver.execute_script(_TIMING_OBSERVER, live.root)
@@ -481,20 +481,16 @@ def test_slider_drag_latency_within_limits(user, methods, slowness):
 
 
 def test_readout_matches_python_plan(user):
-    """Sizes, the certified gap, and the price and worth of one more stop of a cell."""
+    """Sizes, the certified gap, and the cost and benefit of promoting a cell by one stop."""
     live = PlannerPage(user, "layers=24&budget=3.4")
     problem = planner_app.random_model(24)
     request = PlanRequest("mxq", budget="3.4bpp")
     plan = make_plan(problem, request, other_bytes=planner_app.OTHER_BYTES)
     answer = make_frontier(problem, request).at(3.4 * problem.total / 8)
-    score_names = {
-        name: live.text(f".readout td.{name} span") for name in ("planned", "whole", "gap")
-    }
-    assert score_names["planned"] == format_bytes(plan.planned_bytes)
-    assert score_names["whole"] == format_bytes(plan.model_bytes)
-    assert float(score_names["gap"].split()[1]) == pytest.approx(
-        100 * plan.to_json()["gap"], rel=0.06
-    )
+    shown = {name: live.text(f".readout td.{name} span") for name in ("planned", "whole", "gap")}
+    assert shown["planned"] == format_bytes(plan.planned_bytes)
+    assert shown["whole"] == format_bytes(plan.model_bytes)
+    assert float(shown["gap"].split()[1]) == pytest.approx(100 * plan.to_json()["gap"], rel=0.06)
     by_type = [text.split("\n")[0] for text in live.texts(".bars div")]
     down = sum(
         packed_bytes(m.numel, c) for m, c in plan.choice.items() if m.type == "mlp.down_proj"
@@ -522,7 +518,7 @@ def test_readout_matches_python_plan(user):
 
 
 def test_readout_compares_with_uniform_as_python_does(user):
-    """With the largest uniform plan that is not larger, in memory and in predicted perplexity."""
+    """Memory and predicted perplexity against the largest uniform plan that is no larger."""
     live = PlannerPage(user, "layers=24&budget=3.4")
     uniform, own = planner_app.uniform_curve(), planner_app.curve(0)
     for bits in (3.4, 3.2, 4.7, 2.2):
@@ -614,7 +610,7 @@ def test_slider_drag_snaps_to_stops_and_keys_do_not(user):
 
 
 def assert_within(live, user, problem: Problem, size: int) -> None:
-    """The plan is Python's for so many bytes, and takes no more."""
+    """Assert that the plan is Python's for ``size`` bytes and takes no more."""
     user.wait(lambda: live.root.get_attribute("data-bytes") == str(size))
     plan = make_plan(problem, PlanRequest("mxq", budget=f"{size}B"))
     assert plan.planned_bytes <= size
@@ -659,7 +655,7 @@ def test_budget_field_accepts_each_unit(user):
 
 
 def test_budget_field_click_selects_what_is_there(user):
-    """A person who clicks and types replaces the number."""
+    """Typing after a click replaces the number."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -696,7 +692,7 @@ def test_budget_field_invalid_or_infeasible_shows_message(user):
 
 
 def test_slider_follows_budget_set_by_python(user):
-    """A budget from elsewhere counts, and so does going back to the one committed before it."""
+    """A budget set by Python applies, and the one committed before it can be entered again."""
     live = PlannerPage(user)
     canvas = live.find_part(".cells canvas")
     for _ in range(2):
@@ -766,7 +762,7 @@ def test_two_methods_shown_with_differing_cells(user):
 
 
 def test_cell_pin_and_unpin(user):
-    """Clicked and pinned with its layer; the rest is planned around it; dropped again by its ×."""
+    """Pin a cell's layer by a click, check the rest of the plan, and remove the pin by its ×."""
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
 
@@ -793,7 +789,7 @@ def test_cell_pin_and_unpin(user):
     assert (live.choice(1)[35:42] == 10).all(), "both methods keep the pin"
     assert live.text(".pins li").startswith("model.layers.5.* = b8g64")
     user.wait(user.is_idle)
-    cells.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_LEFT)  # by the keyboard, too
+    cells.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_LEFT)  # by keyboard as well
     assert "Pinned to b8g64." in live.text(".details")
     assert "Pinned to b8g64" in live.attribute(".spoken", "textContent")
     live.actions().send_keys(Keys.TAB).perform()
@@ -829,7 +825,7 @@ def test_expert_cell_shows_config_counts(user):
 
 
 def test_served_plan_moves_in_groups_and_tells_its_cost(user):
-    """Python's plans while the slider moves, their cost against the free plan, and why."""
+    """During a drag, plans are Python's, with their cost against the unrestricted plan."""
     live = PlannerPage(user, "layers=24&serve=vllm&budget=5")
     problem, request = planner_app.random_model(24), PlanRequest("mxq", serve="vllm")
     frontier, free = (

@@ -1,4 +1,4 @@
-"""Hostile names in a real browser: pages show them, and ask no other host for anything."""
+"""Hostile names in a real browser: pages show them and make no requests to other hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[tuple[str, list]]:
-    """An address that nothing may ask, and each connection that was made to it."""
+    """An address that nothing may connect to, and the connections made to it."""
     with canary() as watched:
         yield watched
 

@@ -30,7 +30,7 @@ def server(published):
 
 
 class PlanPage(PlannerPage):
-    """The planner on its page."""
+    """The planner on the Plan page."""
 
     def __init__(self, user, address: str):
         self.user, self.driver = user, user.driver
@@ -49,7 +49,7 @@ class PlanPage(PlannerPage):
 
 
 def plan(user, request: PlanRequest, model: str) -> np.ndarray:
-    """What the library plans, as stops."""
+    """Return the library's plan as indices into the ladder."""
     from lsq_core.bits import LADDER
 
     bench = Session(ModelSource(model), Store(user.server.database))
@@ -58,7 +58,7 @@ def plan(user, request: PlanRequest, model: str) -> np.ndarray:
 
 
 def test_slider_release_commits_budget_to_page_and_url(user):
-    """Drawn while it moves, committed on release, in the headline and in the address."""
+    """The plan is drawn during the drag; release updates the headline and the URL."""
     page = PlanPage(user, f"model={LARGE}&method=mxq&budget=3.25")
     choice_before, line = page.choice(), user.first_line
     page.hold_thumb().move_by_offset(160, 0).perform()
@@ -71,7 +71,7 @@ def test_slider_release_commits_budget_to_page_and_url(user):
     user.wait(lambda: page.address["budget"] == [f"{bits:.4f}".rstrip("0").rstrip(".")])
     wanted = plan(user, PlanRequest("mxq", budget=f"{bits:.4f}bpp"), LARGE)
     assert page.choice().tolist() == wanted.tolist()
-    user.driver.refresh()  # the address brings the same plan back
+    user.driver.refresh()  # the URL restores the same plan
     user.wait_for_headline(f"{bits:.2f} bits", 60)
     page.root = user.wait(page.find_planner)
     assert page.choice().tolist() == wanted.tolist()
@@ -99,9 +99,9 @@ new MutationObserver(() => {
 
 @pytest.mark.bench
 def test_slider_release_to_page_latency_within_limit(user, slowness):
-    """80 by 7: the whole page stands for the new budget within 400 ms at p95.
+    """80 layers by 7 types: the page shows the new budget within 400 ms at p95.
 
-    On a slower machine it may take longer.
+    The limit is scaled up on a slower machine.
     """
     page = PlanPage(user, f"model={LARGE}&method=mxq&budget=3.25")
     page.driver.execute_script(_TIMING_OBSERVER, page.root)
@@ -119,7 +119,7 @@ def test_slider_release_to_page_latency_within_limit(user, slowness):
 
 
 def test_second_method_and_prediction_match_library(user):
-    """SensiBoost beside MXQ: the headline's prediction is the library's, differences are marked."""
+    """SensiBoost against MXQ: differences are marked; the prediction is the library's."""
     page = PlanPage(user, f"model={SMALL}&method=sensiboost&budget=3.25&against=mxq")
     ours = plan(user, PlanRequest("sensiboost", budget="3.25bpp"), SMALL)
     theirs = plan(user, PlanRequest("mxq", budget="3.25bpp"), SMALL)
@@ -139,7 +139,7 @@ def test_second_method_and_prediction_match_library(user):
 
 
 def test_readout_prediction_matches_headline(user):
-    """Of the very plan that is shown, where pins make the curve bend between its points."""
+    """Predicted for the plan shown, since pins make the curve bend between its points."""
     address = f"model={SMALL}&method=mxq&budget=3.25&pins=*.layers.0.*%3Db8g64"
     page = PlanPage(user, address)
     prediction = re.match(r"3\.25 bits: perplexity ([\d.]+) ±", user.first_line)[1]
@@ -148,7 +148,7 @@ def test_readout_prediction_matches_headline(user):
 
 
 def test_unknown_model_size_shown_as_unknown(user):
-    """Nobody published how large the rest of Llama-2-70b is."""
+    """The size of the rest of Llama-2-70b was not published."""
     page = PlanPage(user, f"model={LARGE}&method=mxq&budget=3.25")
     assert page.text(".readout td.whole span") == "unknown"
     assert not page.find_part("input[value=whole]").is_enabled()

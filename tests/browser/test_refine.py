@@ -1,4 +1,4 @@
-"""Refining a plan as a person does it, in a real browser."""
+"""Refine a plan in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How soon the app answers: a fresh server's first page, any page among many runs, a cancel."""
+"""Response times: first visits on a new server, page switches with many runs, cancelling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.test_compare import insert_synthetic_runs
 
 pytestmark = [pytest.mark.browser, pytest.mark.bench]
 
-#: Pages by their link, and what their first line has in it when there are runs of the demo model.
+#: Text in each page's headline, by its link, when there are runs of the demo model.
 HEADLINES = {
     "Model": "Where should the bits go?",
     "Explore": "has not been profiled",
@@ -23,6 +23,7 @@ HEADLINES = {
     "Compare": "perplexity",
     "SQL": "row",
 }
+#: Text in each page's headline, by its address, without any runs.
 EMPTY_DATABASE_HEADLINES = {
     "/": "Where should the bits go?",
     "/Explore": "demo has not been profiled",
@@ -31,15 +32,17 @@ EMPTY_DATABASE_HEADLINES = {
     "/Compare": "No runs to compare yet.",
     "/SQL": "row",
 }
-#: On the few, slow cores of CI pages may take so many times as long as for a person.
+#: Factor on the limits, for the few slow cores of CI.
 _TIME_FACTOR = 3
 METHODS = ("uniform", "sensiboost", "kurtboost", "mxq")
 
 
 @pytest.mark.parametrize("address", EMPTY_DATABASE_HEADLINES)
 def test_deep_link_first_paint_within_limit(server, chromium, address):
-    """First paint within 3 s, and the first line is the page's own; the server is fresh for the
-    first address, and every page has its first visit."""
+    """First paint within 3 s and the page's own headline within 6 s.
+
+    The server has just started for the first address, and every page is visited for the first time.
+    """
     with new_tab(chromium):
         user = User(chromium, server)
         started = time.monotonic()
@@ -64,14 +67,14 @@ def test_deep_link_first_paint_within_limit(server, chromium, address):
 
 @pytest.mark.slow
 def test_page_switch_with_many_runs_within_limit(chromium, tmp_path):
-    """Fills a store twice: a switch takes at most 1 s with 500 runs, Compare 2 s with 5,000."""
+    """Slow: fills a store twice. A switch takes at most 1 s with 500 runs, 2 s with 5,000."""
     store = Store(tmp_path / "lsq.duckdb")
     insert_synthetic_runs(store, 500, METHODS)
     with serve("app.py", tmp_path) as server, new_tab(chromium):
         user = User(chromium, server)
         user.open("/?model=demo")
         user.wait_for_headline(HEADLINES["Model"], 90)
-        for _ in range(2):  # a process imports what a page needs at its first visit
+        for _ in range(2):  # the first visit to a page imports modules
             times = {name: time_page_switch(user, name) for name in reversed(HEADLINES)}
             print(", ".join(f"{name} {took:.2f} s" for name, took in times.items()))
         assert max(times.values()) < 1 * _TIME_FACTOR
@@ -84,7 +87,7 @@ def test_page_switch_with_many_runs_within_limit(chromium, tmp_path):
 
 
 def test_cancel_within_limit(server, chromium, slowness):
-    """From the click to the end of the job's process at most 2 s, longer on a slower machine."""
+    """At most 2 s from the click to the end of the process, more on a slower machine."""
     with new_tab(chromium):
         user = User(chromium, server)
         start_evaluation(user, 0)
@@ -99,7 +102,7 @@ def test_cancel_within_limit(server, chromium, slowness):
 
 
 def time_page_switch(user: User, page: str) -> float:
-    """Seconds from the click on a page's link to its first line and, on Compare, its chart."""
+    """Return the seconds from the click on a link to the headline and, on Compare, the chart."""
     started = time.monotonic()
     user.navigate_to(page)
     user.wait_for_headline(HEADLINES[page], 60)

@@ -1,4 +1,4 @@
-"""The Run page when things go wrong, and many runs at once: what is shown is what was kept."""
+"""The Run page in a real browser: failures, queued jobs, sweeps, audits and generation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluations(server) -> pd.DataFrame:
 
 
 def test_killed_worker_shown_as_interrupted_and_resumed(user):
-    """Half a minute: the evaluation has to be cut off after it kept something."""
+    """Takes half a minute: the evaluation is killed after saving a checkpoint."""
     start_evaluation(user, 16000)
     job = newest_job(user.server, "run")
     user.wait(lambda: list(job.folder.glob("evaluation-*.npz")), 60)
@@ -68,7 +68,7 @@ def test_killed_worker_shown_as_interrupted_and_resumed(user):
 
 
 def test_job_survives_server_restart(tmp_path):
-    """Server killed without notice in mid-run; another one finds the job, still running."""
+    """The server is killed during a run; a new server finds the job still running."""
     with open_browser(tmp_path / "chromium") as driver:
         with serve("app.py", tmp_path) as server:
             user = User(driver, server)
@@ -92,7 +92,7 @@ def test_job_survives_server_restart(tmp_path):
 def test_queued_and_running_jobs_can_be_cancelled(user):
     start_evaluation(user, 0)
     first = newest_job(user.server, "run")
-    user.type("Max tokens", "30000")  # the same again would be joined
+    user.type("Max tokens", "30000")  # an identical job would join the first
     user.click("Quantize and evaluate")
     user.first(".st-key-queue")
     second = newest_job(user.server, "run")

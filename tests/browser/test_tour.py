@@ -1,4 +1,4 @@
-"""The first minute, as a person has it: the tour from the first page through real pages."""
+"""The guided tour from the first page, in a real browser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def shipped_server(measured, tmp_path_factory):  # noqa: F811
-    """The app on a database with nothing but shipped measurements of the demo model."""
+    """The app on a database with only shipped measurements of the demo model."""
     folder = tmp_path_factory.mktemp("tour")
     import_measurements(Store(Path(folder / "lsq.duckdb")), measured / "files")
     with serve("app.py", folder) as running:

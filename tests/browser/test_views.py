@@ -1,4 +1,4 @@
-"""How every page looks: light and dark, 1440 and 1024 pixels wide, and to who can't see it."""
+"""Every page in light and dark, 1440 and 1024 pixels wide: contrast and accessibility."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.test_plan import needs_reference
 pytestmark = pytest.mark.browser
 
 DEMO, PUBLISHED = "model=demo", "model=published:Llama-2-7b-hf"
-#: An address, and how many charts its view has at least.
+#: Address and minimum number of charts by view.
 VIEWS = {
     "model": (f"/?{DEMO}", 1),
     "layers": (f"/Explore?{DEMO}", 2),
@@ -30,8 +30,9 @@ VIEWS = {
     "published-wins": (f"/Compare?{PUBLISHED}&view=wins", 2),
     "published-predicted": (f"/Compare?{PUBLISHED}&view=predicted", 1),
 }
-#: Texts that stand out from what is behind them by less than 3 : 1, and what wants a keyboard's
-#: attention but can't have it. Cells, bars and slices choose the colour of their own text.
+#: Reports on the page's appearance; ``faint`` lists text with a contrast below 3 : 1 and
+#: ``unreachable`` controls that the keyboard can't reach. Text in cells, bars and slices, which
+#: have their own text colours, is skipped.
 _LOOK = """
 const rgba = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
 const light = (c) => { const l = c.slice(0, 3).map(v => v / 255).map(
@@ -83,7 +84,7 @@ def server(populated_server: Server) -> Server:
     [pytest.param(v, marks=needs_reference) if v.startswith("published") else v for v in VIEWS],
 )
 def test_view_contrast_keyboard_and_width(user, view):
-    """In one visit: light, dark, then narrow."""
+    """One visit: light, then dark, then narrow."""
     address, number = VIEWS[view]
     emulate_display(user, "light", 1440)
     user.open(address)
@@ -114,7 +115,7 @@ def emulate_display(user: User, scheme: str, width: int) -> None:
 
 
 def accessibility_report(user: User) -> dict:
-    """What there is to see, once every text can be read."""
+    """Return the page's report once no text is too faint."""
     return user.wait(
         lambda: (report := user.driver.execute_script(_LOOK)) and not report["faint"] and report,
         10,

@@ -1,10 +1,10 @@
-"""What pairs of matrices add to the expected KL divergence, and whether plans gain from it.
+"""Measure the cross terms of the expected KL divergence, and whether plans gain from them.
 
-``python -m tests.campaigns.cross_terms --calibration TEXT`` takes some five minutes on two cores.
-To second order the divergence of a plan is ``½·E[(Σ ⟨g, Δ⟩)²]`` a token, with the sum over
-matrices; KL-aware minimises ``½·Σ E[⟨g, Δ⟩²]``, without the products of different matrices. Both
-come from the same gradients, so that they are compared for the plans that were measured, and plans
-are chosen by either on half of the sequences and judged on the other half.
+``python -m tests.campaigns.cross_terms --calibration TEXT`` takes about five minutes on two cores.
+To second order, the divergence of a plan is ``½·E[(Σ ⟨g, Δ⟩)²]`` per token, summed over matrices;
+KL-aware minimises ``½·Σ E[⟨g, Δ⟩²]``, without the products of different matrices. Both are computed
+from the same gradients and compared on measured plans. Plans are also chosen by either on half of
+the sequences and evaluated on the other half.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from lsq_core.shipped import import_measurements
 from lsq_core.store.store import Store
 
 BUDGETS = (3.0, 3.25, 3.5, 4.0)
-#: Shares of the products of different matrices that plans are chosen with; 0 is KL-aware's sum.
+#: Weights of the products of different matrices when choosing plans; 0 is KL-aware's sum.
 SHARES = (0.0, 0.25, 0.5, 1.0)
 SPLITS = 3
-#: Passes over the matrices, each given its best configuration beside the others'.
+#: Maximum number of passes that give each matrix its best configuration, given the others'.
 _PASSES = 40
-#: Halvings of the range of the price of a byte.
+#: Bisection steps for the price of a byte.
 _HALVINGS = 28
 
 
 class _RecordedKl(ExpectedKl):
-    """The metric, whose products are recorded by matrix as (sequences, draws, ladder)."""
+    """The metric, recording its products by matrix as (sequences, draws, ladder)."""
 
     recorded: dict = {}  # noqa: RUF012
 
@@ -59,7 +59,7 @@ class _RecordedKl(ExpectedKl):
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """``⟨g, Δ⟩`` (n, samples, options), so scaled that a mean square is a KL in nats a token."""
+    """``⟨g, Δ⟩`` (n, samples, options), scaled so that a mean square is a KL in nats per token."""
 
     values: np.ndarray
 
@@ -69,27 +69,27 @@ class Samples:
         return np.square(self.values).mean(axis=1)
 
     def of(self, choice: np.ndarray) -> np.ndarray:
-        """The values (n, samples) of a choice (n,)."""
+        """Return the values (n, samples) of a choice (n,)."""
         return self.values[np.arange(len(choice)), :, choice]
 
     def joint(self, choice: np.ndarray) -> float:
-        """The expected KL of a choice, products of different matrices included."""
+        """Return the expected KL of a choice, including products of different matrices."""
         return float(np.square(self.of(choice).sum(axis=0)).mean())
 
     def summed(self, choice: np.ndarray) -> float:
-        """The sum over matrices, without those products."""
+        """Return the expected KL without those products: the sum over matrices."""
         return float(np.square(self.of(choice)).mean(axis=1).sum())
 
     def joint_error(self, choice: np.ndarray) -> float:
-        """The standard error of :meth:`joint`."""
+        """Return the standard error of :meth:`joint`."""
         squares = np.square(self.of(choice).sum(axis=0))
         return float(squares.std() / np.sqrt(len(squares)))
 
 
 def choose(samples: Samples, problem: Problem, share: float, budget: float) -> np.ndarray:
-    """Return a choice (n,) within a budget in nominal bytes: a local optimum at a price of bytes.
+    """Return a choice (n,) within a budget in nominal bytes, a local optimum at a price per byte.
 
-    Minimises the sum and ``share`` of the products of different matrices.
+    Minimises the sum over matrices plus ``share`` times the products of different matrices.
     """
     low, high = np.log(1e-12), np.log(1e-3)
     start = problem.at_most(len(LADDER) - 1)
@@ -124,7 +124,7 @@ def _descend(
 
 
 def measured_plans(session: Session) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield the choice (n,) and the measured KL of each run that has one, on the papers' ladder."""
+    """Yield the choice (n,) and KL of each run on the papers' ladder whose KL was measured."""
     info = session.info
     found = session.store.query(
         "SELECT p.content, e.kl FROM evaluations e JOIN runs r ON e.run = r.id "
@@ -138,7 +138,7 @@ def measured_plans(session: Session) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def compare_measured(session: Session, samples: Samples) -> None:
-    """Print how the two estimates differ, and how near each is to what was measured."""
+    """Print how the two estimates differ and how close each is to the measured KL."""
     found = list(measured_plans(session))
     joint = np.array([samples.joint(choice) for choice, _ in found])
     summed = np.array([samples.summed(choice) for choice, _ in found])
@@ -161,7 +161,7 @@ def compare_measured(session: Session, samples: Samples) -> None:
 
 
 def compare_chosen(problem: Problem, by_sequence: np.ndarray) -> None:
-    """Print the joint estimate of plans chosen on half of the sequences, on them and the others."""
+    """Print the joint estimate of plans chosen on half of the sequences, on both halves."""
     random = np.random.default_rng(0)
     count = by_sequence.shape[1]
     halves = [np.split(random.permutation(count), [count // 2]) for _ in range(SPLITS)]
@@ -186,7 +186,7 @@ def _flatten(by_sequence: np.ndarray) -> Samples:
 
 
 def main() -> None:
-    """Measure the gradients once, then compare."""
+    """Measure the gradients once, then print both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--calibration", default="stdlib")

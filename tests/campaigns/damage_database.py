@@ -1,8 +1,8 @@
-"""Damage a database in many ways and count what is said of it.
+"""Damage a database in many ways and count the outcomes.
 
-``python -m tests.campaigns.damage_database [COUNT] [SEED]`` damages COUNT (120) copies of a filled
-database, opens each and reads all of it. An outcome is what it read, or one sentence; anything
-else is a traceback, and there should be none.
+``python -m tests.campaigns.damage_database [COUNT] [SEED]`` damages COUNT (default 120) copies of a
+filled database, opens each and reads all of it. Each must either be read or be refused with one
+known message; anything else, such as a traceback, is a fault.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from tests.campaigns.harness import Tally, run_campaign
 
 
 def flip_bit(content: bytearray, rng: random.Random) -> bytearray:
-    """One bit turned over, anywhere."""
+    """Flip one bit anywhere."""
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     return content
 
 
 def flip_header(content: bytearray, rng: random.Random) -> bytearray:
-    """One bit turned over in the three headers of 4 KiB."""
+    """Flip one bit in the three headers of 4 KiB."""
     content[rng.randrange(min(len(content), 12288))] ^= 1 << rng.randrange(8)
     return content
 
 
 def truncate(content: bytearray, rng: random.Random) -> bytearray:
-    """Only the beginning."""
+    """Truncate at a random position."""
     return content[: rng.randrange(len(content))]
 
 
 def zero_page(content: bytearray, rng: random.Random) -> bytearray:
-    """A page of zeros."""
+    """Overwrite up to 4 KiB with zeros."""
     at = rng.randrange(len(content))
     size = min(4096, len(content) - at)
     content[at : at + size] = bytes(size)
@@ -47,7 +47,7 @@ def zero_page(content: bytearray, rng: random.Random) -> bytearray:
 
 
 def overwrite_with_noise(content: bytearray, rng: random.Random) -> bytearray:
-    """64 random bytes."""
+    """Overwrite up to 64 bytes with random ones."""
     at = rng.randrange(len(content))
     size = min(64, len(content) - at)
     content[at : at + size] = rng.randbytes(size)
@@ -64,7 +64,7 @@ DAMAGES: tuple[Callable[[bytearray, random.Random], bytearray], ...] = (
 
 
 def read_all(store: Store) -> None:
-    """What the pages and the command line read."""
+    """Read everything that the pages and the command line read."""
     store.results(origin=None)
     store.models()
     store.deleted_runs()
@@ -74,7 +74,7 @@ def read_all(store: Store) -> None:
 
 
 def outcome(path: Path) -> str:
-    """How opening and reading a database ends: ``read``, a kind of sentence, or a traceback."""
+    """Return how opening and reading a database ends: ``read``, a kind of message, or a fault."""
     try:
         read_all(Store(path))
     except LsqError as error:
@@ -98,7 +98,7 @@ def outcome(path: Path) -> str:
 
 
 def campaign(source_database: Path, folder: Path, count: int, seed: int = 0) -> Counter[str]:
-    """Outcomes of ``count`` damaged copies of a database, with its log where it has one."""
+    """Count the outcomes of ``count`` damaged copies of a database, with its log if it has one."""
     rng, counts = random.Random(seed), Counter()
     for number in range(count):
         path = folder / "damaged.duckdb"
@@ -115,7 +115,7 @@ def campaign(source_database: Path, folder: Path, count: int, seed: int = 0) -> 
 
 
 def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The campaign's row, on a database of the test suite's making."""
+    """Run the campaign on a database of synthetic runs and return its row."""
     from tests.test_compare import insert_synthetic_runs
 
     store = Store(folder / "whole.duckdb")

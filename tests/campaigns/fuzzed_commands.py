@@ -1,10 +1,10 @@
-"""Run random command lines of every verb, and count how they end.
+"""Run random command lines of every verb and count the outcomes.
 
-``python -m tests.campaigns.fuzzed_commands [COUNT] [SEED]`` makes COUNT (800) command lines from
-the parser's own verbs and options, with values that are valid, at a border, absurd or hostile,
-and runs each through the command line's own entry on a copy of a database with results. A command
-must end with status 0, or with 2 or 1 and one sentence; no connection to another host may be
-tried; and what the database held at first must be there unchanged at the end.
+``python -m tests.campaigns.fuzzed_commands [COUNT] [SEED]`` makes COUNT (default 800) command lines
+from the parser's own verbs and options, with values that are valid, borderline, absurd or hostile,
+and runs each through the command line's entry point on a database with results. A command must
+exit with status 0, or with 1 or 2 and a one-sentence message. It must not try to connect to another
+host, and the database's original rows must be unchanged at the end.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 
 from tests.campaigns.harness import Connections, Tally, outcome, run_campaign
 
-#: Seconds of processor time that a command may take; some profile or quantize a model.
+#: Processor-time limit of a command in seconds; some profile or quantize a model.
 LIMIT_S = 40
-#: Address space of this process, so that an endless file ends in an error and not the machine.
+#: Address-space limit of this process, so that an endless file raises an error.
 _MEMORY = 16 << 30
 
-#: Values at the border of what an option takes, or beyond any.
+#: Values at or beyond the limits of options.
 _NUMBERS = (
     *("0", "1", "-1", "2", "7", "64", "1.5", "-0.0", "nan", "inf", "-inf", "1e308", "1e999"),
     *("2147483648", "9223372036854775808", "-9223372036854775809", "1" + "0" * 30, "9" * 5000),
@@ -44,7 +44,7 @@ _TEXTS = (
         "\r\n",
         "\x1b[2J\x1b]0;title\x07",
         "\u202etxt.exe",
-        "\u0000"[:0] + "\ufeff",
+        "\ufeff",
         "\ud83d",
     ),
     *("\udcff\udcfe", "🦙", "é" * 300, "x" * 70_000, "'; DROP TABLE runs; --", "$(id)", "`id`"),
@@ -74,8 +74,8 @@ _NAMES = (
     *("0%", "1%", "1e999%", "*=b4g64", "*=b9g1", "[=b4g64", "=", "*.layers.0.*=b2g64:b8g32"),
 )
 _PLANNERS = "uniform sensiboost kurtboost mxq kurt-scaled sensi-milp sensi-knapsack high-impact"
-#: Values that an option is meant to have, by its name in the parsed arguments. Those of the
-#: slowest quantizers are left out, which would take minutes.
+#: Valid values of options by their name in the parsed arguments, without the slowest quantizers,
+#: which would take minutes.
 _VALID = {
     "model": ("model", "model", "model", "saved"),
     "corpus": ("text.txt",),
@@ -117,7 +117,7 @@ _VALID = {
     "loss": ("block",),
     "remember": ("1MiB", "0"),
 }
-#: What each verb needs to do something; each is left out now and then.
+#: Options that each verb needs to do anything; each is occasionally left out.
 _NEEDED = {
     "inspect": ("model",),
     "profile": ("model", "corpus", "samples", "block_tokens", "quantizer"),
@@ -131,16 +131,16 @@ _NEEDED = {
     "import-reference": ("folder",),
     "repair": ("database",),
 }
-#: Options that print help, which is tried apart, or take minutes.
+#: Options left out: help is inserted separately, and hybrid takes minutes.
 _LEFT_OUT = ("help", "hybrid")
-#: Verbs that take minutes, or until they are stopped, unless an option is bad.
+#: Invalid options for verbs that would otherwise take minutes or run until stopped.
 _ONLY_BAD = {
     "app": ["--port", "99999"],
     "bench": ["--only", "no-such-row"],
 }
 
 
-# --- the place --------------------------------------------------------------------------------
+# --- test folder ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Place:
 
 
 def make_place(folder: Path) -> Place:
-    """Fill a folder with what commands are given, by commands where ours writes it."""
+    """Fill a folder with files for the commands, our own ones made by commands."""
     from tests.campaigns.hostile_models import make_model
     from tests.campaigns.hostile_saved import make_saved
     from tests.test_job_folders import make_finished_job
@@ -175,7 +175,7 @@ def _database(folder: Path) -> str:
 
 
 def _foreign_files(folder: Path) -> None:
-    """Files of other programs, of none, and what isn't a file with contents."""
+    """Write foreign and damaged files, folders, links, a pipe and devices."""
     import duckdb
 
     content = (folder / "lsq.duckdb").read_bytes()
@@ -211,7 +211,7 @@ def _foreign_files(folder: Path) -> None:
 
 
 def _verbs() -> dict[str, list[argparse.Action]]:
-    """The options of every verb, as its parser has them."""
+    """Return the options of every verb, from its parser."""
     from lsq_core.cli.parser import build_parser
 
     (choices,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
@@ -222,7 +222,7 @@ def _verbs() -> dict[str, list[argparse.Action]]:
 
 
 def _value(action: argparse.Action, place: Place, rng: random.Random, valid: float) -> str:
-    """A value for an option: with a probability of ``valid`` one that it is meant to have."""
+    """Return a value for an option, a valid one with probability ``valid`` or more."""
     meant = _VALID.get(action.dest, _NUMBERS[:8])
     others = (_NUMBERS,) if action.type in (int, float) else (_NUMBERS, _PATHS, _NAMES, meant)
     pool = meant if rng.random() < valid else rng.choice([*others, *others, _TEXTS])
@@ -233,7 +233,7 @@ def _value(action: argparse.Action, place: Place, rng: random.Random, valid: flo
 def command_line(
     verbs: dict[str, list[argparse.Action]], place: Place, rng: random.Random
 ) -> list[str]:
-    """A random command line."""
+    """Return a random command line."""
     verb = rng.choice(sorted(verbs))
     actions = {action.dest: action for action in verbs[verb]}
     bad = rng.choice([0, 1, 1, 2, 5])
@@ -271,11 +271,11 @@ def _joined(action: argparse.Action, value: str) -> str:
     return f"{action.option_strings[-1]}={value}"
 
 
-# --- the campaign -----------------------------------------------------------------------------
+# --- campaign ---------------------------------------------------------------------------------
 
 
 def read_rows(database: Path) -> dict[str, list]:
-    """Every row of a database, as text, by table."""
+    """Return every row of a database's main tables, as text, by table."""
     from lsq_core.store.store import Store
 
     store = Store(database)
@@ -285,12 +285,12 @@ def read_rows(database: Path) -> dict[str, list]:
 
 
 def tables_missing_rows(before: dict[str, list], after: dict[str, list]) -> list[str]:
-    """Tables that lack a row which they had."""
+    """Return the tables that lost a row or whose rows changed."""
     return [table for table, rows in before.items() if set(rows) - set(after[table])]
 
 
 def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The row of so many random command lines."""
+    """Run ``count`` random command lines and return the campaign's row."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.RLIM_INFINITY))
     tally, connections = Tally("fuzzed commands", count), Connections()
     place = make_place(folder / "place")
@@ -301,7 +301,7 @@ def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) ->
     verbs = _verbs()
     for number in range(count):
         rng = random.Random(f"{seed}-{number}")
-        os.chdir(place.folder)  # the server goes elsewhere
+        os.chdir(place.folder)  # the server changes the working directory
         _tidy(place.folder, whole)
         words = command_line(verbs, place, rng)
         kind = outcome(words, LIMIT_S)
@@ -310,7 +310,7 @@ def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) ->
         if kind not in ("exit 0", "exit 1", "exit 2", "usage 0", "usage 2"):
             tally.add(kind, case)
         fetched = connections.take()
-        for connection in fetched if words[0] != "app" else []:  # it listens where it is told to
+        for connection in fetched if words[0] != "app" else []:  # it binds to the host it is given
             tally.add(f"fetch: {connection}", case)
     for table in tables_missing_rows(before, read_rows(place.folder / "lsq.duckdb")):
         tally.add(f"lost: rows of {table}")
@@ -318,7 +318,7 @@ def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) ->
 
 
 def _tidy(folder: Path, saved: Path) -> None:
-    """Put back what a command may have deleted, and delete what it may have written."""
+    """Restore what a command may have deleted and delete what it may have written."""
     for path in folder.glob("new*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not (folder / "saved").exists():
@@ -326,14 +326,14 @@ def _tidy(folder: Path, saved: Path) -> None:
 
 
 def main() -> int:
-    """Run the campaign with a home, a cache and a database of its own, and no network."""
+    """Run the campaign with its own home, cache and database, and without a network."""
     return run_campaign(_in_own_place, 800)
 
 
 def _in_own_place(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     own = {"HOME": folder, "HF_HOME": folder / "hf", "LSQ_DB": folder / "own.duckdb"}
     os.environ.update({name: str(path) for name, path in own.items()})
-    os.environ["GIT_ALLOW_PROTOCOL"] = "file"  # a download that was asked for fails
+    os.environ["GIT_ALLOW_PROTOCOL"] = "file"  # git downloads fail
     (folder / "place").mkdir()
     os.chdir(folder / "place")
     return campaign(count, folder, seed, log)

@@ -1,4 +1,4 @@
-"""What campaigns share: how a command ended, connections that it tried, and the table of counts."""
+"""Shared parts of the campaigns: command outcomes, attempted connections, the table of counts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
-#: Seconds of processor time that a command may take, and by how much longer it may take by the
-#: clock, on a machine that does other work too.
+#: Processor-time limit of a command in seconds, and the factor by which its wall-clock limit is
+#: longer, since the machine may be busy.
 LIMIT_S = 20
 _PATIENCE = 6
 _HEADER = """\
@@ -24,16 +24,19 @@ _HEADER = """\
 |---|---:|---:|---:|---:|---:|"""
 
 
-# --- how a command ends -----------------------------------------------------------------------
+# --- command outcomes -------------------------------------------------------------------------
 
 
 class TooLong(BaseException):
-    """A command took longer than it may."""
+    """A command exceeded its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`TooLong` in the main thread after some seconds of processor time."""
+    """Raise :class:`TooLong` in the main thread after ``seconds`` of processor time.
+
+    It is also raised after ``_PATIENCE`` times as long by the clock.
+    """
 
     def stop(*_: object) -> None:
         raise TooLong
@@ -53,9 +56,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def outcome(arguments: list[str], limit: float = LIMIT_S) -> str:
-    """How a command ends: an exit status with a sentence, or what is wrong with its ending.
+    """Run a command and return how it ended: ``exit N``, ``usage N`` or a fault.
 
-    ``usage N`` is an exit status of the argument parser.
+    ``usage N`` is an exit status of the argument parser. A non-zero status without exactly one
+    sentence on standard error is a fault, as are a traceback and a hang.
     """
     from lsq_core.cli.program import main
 
@@ -76,7 +80,7 @@ def outcome(arguments: list[str], limit: float = LIMIT_S) -> str:
 
 
 def _fault(errors: str, sign: str) -> str:
-    """What is wrong with the standard error of a command that failed; '' where nothing is."""
+    """Return what is wrong with the standard error of a failed command, or ''."""
     lines = errors.removesuffix("\n").split("\n")
     sentences = [line for line in lines if sign in line]
     if len(sentences) != 1 or "Traceback" in errors:
@@ -89,30 +93,30 @@ def _fault(errors: str, sign: str) -> str:
 
 
 def failed(kind: str) -> bool:
-    """Whether an outcome is none that a command may have."""
+    """Return whether an outcome is a fault; exits of the argument parser count as one."""
     return kind not in ("exit 0", "exit 1", "exit 2")
 
 
-# --- what is fetched --------------------------------------------------------------------------
+# --- connections ------------------------------------------------------------------------------
 
 
 @dataclass
 class Connections:
-    """Refuses and records what this process asks of other hosts, once :meth:`watch` was called."""
+    """Refuses and records this process's connections to other hosts, from :meth:`watch` on."""
 
     seen: list[str] = field(default_factory=list)
 
     def watch(self) -> None:
-        """Begin; an audit hook stays until the process ends."""
+        """Start watching; the audit hook stays until the process ends."""
         sys.addaudithook(self)
 
     def take(self) -> list[str]:
-        """What was seen since the last time."""
+        """Return and clear the recorded connections."""
         taken, self.seen = self.seen, []
         return taken
 
     def __call__(self, event: str, arguments: tuple) -> None:
-        """The audit hook."""
+        """Record and refuse an event, as an audit hook."""
         if event == "socket.getaddrinfo":
             host = arguments[0]
         elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
@@ -125,15 +129,15 @@ class Connections:
             raise OSError(f"a connection to {host} was refused")
 
 
-# --- the table --------------------------------------------------------------------------------
+# --- table ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Tally:
-    """A row of the table: how many cases a campaign had, and how many of them were faulty.
+    """A row of the table: the number of a campaign's cases and of each kind of fault.
 
-    ``lost`` counts stored results that are gone or changed, ``silent`` the ends without a sentence
-    (hangs too), and ``fetches`` connections to other hosts, scripts that ran and reads outside the
+    ``lost`` counts stored results that were lost or changed, ``silent`` endings without a sentence
+    and hangs, and ``fetches`` connections to other hosts, scripts that ran and reads outside the
     folders a command was given. ``details`` has a line for each fault.
     """
 
@@ -147,7 +151,7 @@ class Tally:
 
     @classmethod
     def of(cls, campaign: str, n: int, endings: Counter[str]) -> Tally:
-        """The row of a campaign that counted its endings, each of them bad."""
+        """Return the row of a campaign from the counts of its faults."""
         tally = cls(campaign, n)
         for ending, count in endings.items():
             for _ in range(count):
@@ -155,7 +159,7 @@ class Tally:
         return tally
 
     def add(self, ending: str, case: str = "") -> None:
-        """Count an ending that no case may have."""
+        """Count a fault."""
         if ending.startswith("traceback"):
             self.tracebacks += 1
         elif ending.startswith("lost"):
@@ -177,7 +181,7 @@ class Tally:
 
 
 def print_table(*tallies: Tally) -> int:
-    """Print the faults and the table; the exit status is 1 where there were any."""
+    """Print the faults and the table; return the exit status, 1 if there were any faults."""
     for line in (line for tally in tallies for line in tally.details):
         print(f"fault: {line}")
     print(_HEADER)
@@ -189,9 +193,10 @@ def print_table(*tallies: Tally) -> int:
 def run_campaign(
     campaign: Callable[[int, Path, int, Callable[[str], None]], Tally], count: int
 ) -> int:
-    """Run a campaign as ``[COUNT] [SEED]`` on the command line ask, in a folder of its own.
+    """Run a campaign in a temporary folder and return its exit status.
 
-    ``campaign`` takes the count, the folder, the seed, and what tells how each case ended.
+    ``[COUNT] [SEED]`` on the command line override ``count`` and seed 0. ``campaign`` takes the
+    count, the folder, the seed, and a function that logs each case's outcome.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     count = int(sys.argv[1]) if sys.argv[1:] else count

@@ -1,10 +1,10 @@
-"""Inspect, profile and evaluate models that were made to do harm, and count how it ends.
+"""Inspect and evaluate hostile models and count the outcomes.
 
-``python -m tests.campaigns.hostile_models [COUNT] [SEED]`` mutates COUNT (142) copies of a small
-model by its config, its safetensors header, its index and its tokenizer, and gives each to
-``inspect`` and ``eval`` through the command line's own entry. An outcome is an exit status with a
-sentence. A traceback, an ending without a sentence, more than 20 seconds or a read outside the
-folder is a failure, and there should be none.
+``python -m tests.campaigns.hostile_models [COUNT] [SEED]`` mutates the config, safetensors header,
+index or tokenizer of COUNT (default 142) copies of a small model, and passes each to ``inspect``
+and ``eval`` through the command line's entry point. Each must end with an exit status and, if it
+fails, one sentence. A traceback, an ending without a sentence, more than 20 seconds, or a read
+outside the folder is a fault.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tests.campaigns.harness import Tally, failed, outcome, run_campaign
 
-#: A file beside the model's folder that nothing may read.
+#: A file next to the model's folder that nothing may read.
 SECRET = "secret.safetensors"
-#: Values where a config has a number, a list, an object or a text.
+#: Odd values to put into a JSON file.
 ODD = (
     None,
     "many",
@@ -46,16 +46,16 @@ ODD = (
 Mutation = Callable[[Path, random.Random], str]
 
 
-# --- what is mutated --------------------------------------------------------------------------
+# --- mutations --------------------------------------------------------------------------------
 
 
 def change_config_value(folder: Path, rng: random.Random) -> str:
-    """One key of config.json, at any depth, gets an odd value."""
+    """Set a random entry of config.json to an odd value."""
     return change_json(folder / "config.json", rng)
 
 
 def remove_config_key(folder: Path, rng: random.Random) -> str:
-    """config.json loses a key."""
+    """Remove a key from config.json."""
     path = folder / "config.json"
     content = json.loads(path.read_text("utf8"))
     key = rng.choice(sorted(content))
@@ -65,7 +65,7 @@ def remove_config_key(folder: Path, rng: random.Random) -> str:
 
 
 def add_config_key(folder: Path, rng: random.Random) -> str:
-    """config.json gets a key that some architectures have."""
+    """Set a key in config.json that some architectures have."""
     keys = (
         ("layer_types", ["full_attention"] * 3),
         ("num_labels", 10**9),
@@ -90,7 +90,7 @@ def add_config_key(folder: Path, rng: random.Random) -> str:
 
 
 def change_config_size(folder: Path, rng: random.Random) -> str:
-    """One of the sizes in config.json is another number, so that modules have other shapes."""
+    """Change one of the sizes in config.json, and so the shapes of modules."""
     sizes = [
         "num_hidden_layers",
         "hidden_size",
@@ -110,7 +110,7 @@ def change_config_size(folder: Path, rng: random.Random) -> str:
 
 
 def spoil_json_file(folder: Path, rng: random.Random) -> str:
-    """A JSON file is no JSON object, deeply nested, cut, or not in UTF-8."""
+    """Spoil one of the model's JSON files, as :func:`spoil_text` does."""
     path = folder / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
     if path.name != "config.json" and not path.is_file():
         path = folder / "config.json"
@@ -118,7 +118,7 @@ def spoil_json_file(folder: Path, rng: random.Random) -> str:
 
 
 def spoil_text(path: Path, rng: random.Random) -> str:
-    """A text file is emptied, cut, replaced or made large."""
+    """Empty or truncate a text file, or replace its content with malformed text."""
     original = path.read_bytes()
     variants = {
         "empty": b"",
@@ -138,7 +138,7 @@ def spoil_text(path: Path, rng: random.Random) -> str:
 
 
 def write_huge_file(folder: Path, rng: random.Random) -> str:
-    """A file of 2 GiB without content, as large as its name is."""
+    """Extend or create a sparse file of 2 GiB."""
     names = [
         "config.json",
         "tokenizer.json",
@@ -152,12 +152,12 @@ def write_huge_file(folder: Path, rng: random.Random) -> str:
 
 
 def change_weights_header(folder: Path, rng: random.Random) -> str:
-    """The safetensors header says something else of a tensor."""
+    """Change a tensor's entry in the safetensors header."""
     return change_header(folder / "model.safetensors", rng)
 
 
 def change_header_length(folder: Path, rng: random.Random) -> str:
-    """The header's length is not what it was; for the largest the file is as long, but sparse."""
+    """Change the header's length; for 200 MB and 8 GiB the file is extended to match (sparse)."""
     path = folder / "model.safetensors"
     length = rng.choice([0, 1, 2**20, 200_000_000, 8 * 2**30, 2**63, 2**64 - 1])
     with path.open("r+b") as file:
@@ -168,7 +168,7 @@ def change_header_length(folder: Path, rng: random.Random) -> str:
 
 
 def flip_header_bit(folder: Path, rng: random.Random) -> str:
-    """A bit of the header is turned over, or the file is cut."""
+    """Flip a bit in the first 2,000 bytes of the weights file, or truncate it."""
     path = folder / "model.safetensors"
     with path.open("r+b") as file:
         if rng.random() < 0.3:
@@ -184,7 +184,7 @@ def flip_header_bit(folder: Path, rng: random.Random) -> str:
 
 
 def write_bad_index(folder: Path, rng: random.Random) -> str:
-    """An index that leads elsewhere, or is none."""
+    """Write an index that points outside the folder or is malformed."""
     names = [
         f"../{SECRET}",
         str(folder.parent / SECRET),
@@ -219,7 +219,7 @@ def write_bad_index(folder: Path, rng: random.Random) -> str:
 
 
 def replace_with_link(folder: Path, rng: random.Random) -> str:
-    """A file of the model is a link to what lies outside, to a device, or to itself."""
+    """Replace a file of the model with a link to a file outside, a device or itself."""
     name = rng.choice(["model.safetensors", "config.json", "tokenizer.json"])
     targets = [folder.parent / SECRET, Path("/dev/zero"), Path("/etc/passwd"), folder / name]
     target = rng.choice(targets)
@@ -229,7 +229,7 @@ def replace_with_link(folder: Path, rng: random.Random) -> str:
 
 
 def change_tokenizer_value(folder: Path, rng: random.Random) -> str:
-    """A key of the tokenizer's files, at any depth, gets an odd value."""
+    """Set a random entry of a tokenizer file to an odd value."""
     return change_json(folder / rng.choice(["tokenizer.json", "tokenizer_config.json"]), rng)
 
 
@@ -253,7 +253,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 
 def change_json(path: Path, rng: random.Random) -> str:
-    """One entry of a JSON file, at any depth, gets an odd value."""
+    """Set a random entry of a JSON file, up to five levels deep, to an odd value."""
     content = json.loads(path.read_text("utf8"))
     entries_found = list(_walk_entries(content))
     holder, key, name = rng.choice(entries_found)
@@ -273,7 +273,7 @@ def _walk_entries(content: object, name: str = "", depth: int = 0) -> Iterator[t
 
 
 def change_header(path: Path, rng: random.Random) -> str:
-    """Rewrite one entry of a safetensors header, its tensors as they are."""
+    """Rewrite one entry of a safetensors header; leave the tensors' data as it is."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -302,12 +302,12 @@ def change_header(path: Path, rng: random.Random) -> str:
     return f"header of {key}: {field} {str(changes.get(field, ''))[:40]}"
 
 
-# --- how it ends ------------------------------------------------------------------------------
+# --- campaign ---------------------------------------------------------------------------------
 
 
 @dataclass
 class OpenWatch:
-    """Files that were opened outside the folders where a command may read a model."""
+    """Audit hook that counts opens of ``secret``, a file outside the folders commands may read."""
 
     secret: str = ""
     seen: int = 0
@@ -321,14 +321,14 @@ WATCH = OpenWatch()
 
 
 def make_model(folder: Path) -> Path:
-    """A random model of two small layers with the demo model's tokenizer."""
+    """Save a random model of two small layers with the demo model's tokenizer."""
     from tests.conftest import save_random_model
 
     return save_random_model(folder, "llama-gqa")
 
 
 def make_text(path: Path) -> Path:
-    """A text of a few hundred tokens."""
+    """Write a text of a few hundred tokens."""
     path.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(60)), "utf8")
     return path
 
@@ -336,7 +336,7 @@ def make_text(path: Path) -> Path:
 def campaign(
     count: int, folder: Path, seed: int = 0, log: Callable[[str], None] = lambda _: None
 ) -> Counter[str]:
-    """Outcomes of ``inspect`` and ``eval`` of ``count`` hostile models, by verb and ending."""
+    """Count the outcomes of ``inspect`` and ``eval`` on ``count`` hostile models, by verb."""
     sys.addaudithook(WATCH)
     WATCH.secret, WATCH.seen = SECRET, 0
     original, text = make_model(folder / "whole"), make_text(folder / "text.txt")
@@ -366,12 +366,12 @@ def campaign(
 
 
 def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The campaign's row."""
+    """Run the campaign and return its row."""
     return Tally.of("hostile models", count, bad_endings(campaign(count, folder, seed, log)))
 
 
 def bad_endings(counts: Counter[str]) -> Counter[str]:
-    """Those of a campaign's endings that no command may have."""
+    """Return the faults among a campaign's outcomes."""
     faults: Counter[str] = Counter()
     for name, count in counts.items():
         verb, _, kind = name.partition(": ")

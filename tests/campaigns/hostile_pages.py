@@ -1,9 +1,9 @@
-"""Show hostile names on every page in a real Chromium, and count what is fetched and run.
+"""Show hostile names on every page in a real Chromium and count requests and scripts run.
 
-``python -m tests.campaigns.hostile_pages`` gives 26 names to models, runs, plans, methods,
-corpora and jobs, all at once; opens every page on a model that is known; then opens pages for a
-model of each name. The browser may ask for nothing from elsewhere, link to nothing elsewhere, run
-no script of a name and open no dialog; no page may show a traceback.
+``python -m tests.campaigns.hostile_pages`` gives 26 names to models, runs, plans, methods, corpora
+and jobs, all at once, opens every page with a known model, and then opens pages for a model of each
+name. Pages must not link to or request anything from other hosts, run a script from a name, open a
+dialog or show a traceback.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lsq_core.store.store import Store
 from tests.campaigns.harness import Tally, print_table
 
 PAGES = ("/", "/Explore", "/Plan", "/Run", "/Compare", "/SQL")
-#: Pages on which a model's own name stands, with the model's address.
+#: Pages that show the name of the model in their address.
 OF_A_MODEL = ("/", "/Explore", "/Plan")
-#: What a script of a name would leave behind, were it run.
+#: Script in the names; it leaves this mark if it is run.
 _MARK = "window.hostile=1"
-#: Addresses that the page has as a link, an image or the like, or has asked for.
+#: Returns all addresses that the page links to, embeds or has requested.
 _ADDRESSES = """
 const own = [...document.querySelectorAll('[src], [href]')].map(e => e.src || e.href);
 const drawn = [...document.querySelectorAll('svg a')].map(e => e.getAttribute('xlink:href') || '');
@@ -36,7 +36,7 @@ return [...own, ...drawn, ...performance.getEntriesByType('resource').map(e => e
 
 
 def names(at: str) -> list[str]:
-    """26 names; what they would fetch is at the address ``at``."""
+    """Return 26 names that refer to the address ``at`` or contain a script."""
     run = _MARK
     return [
         f"![x]({at}/1.png)",
@@ -70,7 +70,7 @@ def names(at: str) -> list[str]:
 
 @contextmanager
 def canary() -> Iterator[tuple[str, list]]:
-    """An address on this machine that isn't the app's, and each connection that is made to it."""
+    """Listen on a local address that isn't the app's; yield it and the connections made to it."""
     seen: list = []
 
     class Seen(socketserver.BaseRequestHandler):
@@ -84,7 +84,7 @@ def canary() -> Iterator[tuple[str, list]]:
 
 
 def insert_names(store: Store, folder: Path, texts: Sequence[str]) -> None:
-    """Give everything that has a name one of ``texts``, so that all of them are used."""
+    """Give everything in a store that has a name one of ``texts``, using each of them."""
     with store.transaction() as connection:
         runs = [id for (id,) in connection.execute("SELECT id FROM runs ORDER BY id").fetchall()]
         for number, id in enumerate(runs):
@@ -119,7 +119,7 @@ def _give_job(home: Path, text: str) -> None:
 
 
 def page_faults(user: object, seen: list) -> Iterator[str]:
-    """What is wrong with the page that a user sees."""
+    """Yield the faults of the page that is open."""
     from selenium.common.exceptions import NoAlertPresentException
 
     with suppress(NoAlertPresentException):
@@ -144,7 +144,7 @@ def page_faults(user: object, seen: list) -> Iterator[str]:
 def open_pages(
     user: object, seen: list, model: str, texts: Sequence[str], log: Callable[[str], None]
 ) -> Tally:
-    """Open each page for a known model, and pages for a model of each name."""
+    """Open every page with a known model, and some with a model of each name; return the row."""
     tally = Tally("pages with hostile names")
     addresses = [f"{page}?model={quote(model)}" for page in PAGES]
     addresses += [f"{page}?model={quote(text)}" for text in texts for page in OF_A_MODEL]
@@ -159,7 +159,7 @@ def open_pages(
 
 
 def main() -> int:
-    """Run the campaign in a temporary folder, with a Chromium and a server of its own."""
+    """Run the campaign in a temporary folder with its own Chromium and server."""
     from tests.browser.conftest import User, open_browser, serve
     from tests.test_app import _populate
 

@@ -1,10 +1,10 @@
-"""Evaluate and audit saved models that were damaged or made to do harm, and count how it ends.
+"""Evaluate and audit damaged or hostile saved models and count the outcomes.
 
-``python -m tests.campaigns.hostile_saved [COUNT] [SEED]`` mutates COUNT (139) copies of a small
-saved model by its manifest, weights, config and tokenizer, half of them with checksums that agree
-with the change again, and gives each to ``eval`` and ``audit`` through the command line's own
-entry. Outcomes are as in :mod:`tests.campaigns.harness`; a changed file whose checksum
-doesn't agree may not be evaluated.
+``python -m tests.campaigns.hostile_saved [COUNT] [SEED]`` mutates the manifest, weights, config or
+tokenizer of COUNT (default 139) copies of a small saved model, updates the checksums of half of
+them to match, and passes each to ``eval`` and ``audit`` through the command line's entry point.
+Outcomes are as in :mod:`tests.campaigns.harness`; a changed model with outdated checksums must not
+be evaluated.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tests.campaigns.harness import Tally, failed, outcome, run_campaign
 MANIFEST_FILE, WEIGHTS = "lsq.json", "packed.safetensors"
 
 
-# --- what is mutated --------------------------------------------------------------------------
+# --- mutations --------------------------------------------------------------------------------
 
 
 def change_manifest_value(folder: Path, rng: random.Random) -> str:
-    """One entry of lsq.json, at any depth, gets an odd value."""
+    """Set a random entry of lsq.json to an odd value."""
     return models.change_json(folder / MANIFEST_FILE, rng)
 
 
 def remove_manifest_key(folder: Path, rng: random.Random) -> str:
-    """lsq.json loses a key, or a module one of its."""
+    """Remove a key from lsq.json or from one of its modules."""
     path = folder / MANIFEST_FILE
     content = json.loads(path.read_text("utf8"))
     holder = content if rng.random() < 0.6 else rng.choice(list(content["modules"].values()))
@@ -43,7 +43,7 @@ def remove_manifest_key(folder: Path, rng: random.Random) -> str:
 
 
 def change_manifest_plan(folder: Path, rng: random.Random) -> str:
-    """lsq.json plans something else than is stored."""
+    """Change a module or a setting in lsq.json."""
     path = folder / MANIFEST_FILE
     content = json.loads(path.read_text("utf8"))
     modules = content["modules"]
@@ -69,13 +69,13 @@ def change_manifest_plan(folder: Path, rng: random.Random) -> str:
 
 
 def spoil_text_file(folder: Path, rng: random.Random) -> str:
-    """A text file is emptied, cut, replaced or nested."""
+    """Empty or truncate a text file, or replace its content with malformed text."""
     names = [MANIFEST_FILE, MANIFEST_FILE, "config.json", "tokenizer.json", "tokenizer_config.json"]
     return models.spoil_text(folder / rng.choice(names), rng)
 
 
 def flip_weight_bytes(folder: Path, rng: random.Random) -> str:
-    """Every 37th byte of the weights is turned over."""
+    """Flip a bit in every 37th byte of the weights."""
     path = folder / WEIGHTS
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little") + rng.randrange(37)
@@ -86,12 +86,12 @@ def flip_weight_bytes(folder: Path, rng: random.Random) -> str:
 
 
 def change_weights_header(folder: Path, rng: random.Random) -> str:
-    """The weights' header says something else of a tensor."""
+    """Change a tensor's entry in the header of the weights file."""
     return models.change_header(folder / WEIGHTS, rng)
 
 
 def damage_weights_file(folder: Path, rng: random.Random) -> str:
-    """The header's length, a bit of it, or the length of the file is another."""
+    """Change the header's length, flip a bit near the start, or truncate the weights file."""
     (folder / "model.safetensors").symlink_to(folder / WEIGHTS)
     try:
         way = rng.choice([models.change_header_length, models.flip_header_bit])
@@ -101,19 +101,19 @@ def damage_weights_file(folder: Path, rng: random.Random) -> str:
 
 
 def change_config(folder: Path, rng: random.Random) -> str:
-    """config.json counts otherwise, or says something odd."""
+    """Change a size in config.json, or set a key to an odd value."""
     return rng.choice(
         [models.change_config_size, models.change_config_value, models.add_config_key]
     )(folder, rng)
 
 
 def change_tokenizer(folder: Path, rng: random.Random) -> str:
-    """A key of the tokenizer's files gets an odd value."""
+    """Set a random entry of a tokenizer file to an odd value."""
     return models.change_tokenizer_value(folder, rng)
 
 
 def replace_or_remove_file(folder: Path, rng: random.Random) -> str:
-    """A file is gone, a folder, a link or of 2 GiB."""
+    """Remove a file, replace it with a folder or link, or extend it to 2 GiB."""
     names = [WEIGHTS, "config.json", "tokenizer.json", MANIFEST_FILE, "tokenizer_config.json"]
     path = folder / rng.choice(names)
     way = rng.choice(["gone", "a folder", "a link", "huge"])
@@ -130,7 +130,7 @@ def replace_or_remove_file(folder: Path, rng: random.Random) -> str:
 
 
 def generation(folder: Path, rng: random.Random) -> str:
-    """How texts are generated is odd."""
+    """Write a malformed generation_config.json."""
     path = folder / "generation_config.json"
     text = rng.choice(['{"max_length": "x"}', "[", "null", '{"eos_token_id": {}}', '{"a": ' * 9000])
     path.write_text(text, "utf8")
@@ -155,7 +155,7 @@ MUTATIONS: tuple[models.Mutation, ...] = (
 
 
 def update_checksums(folder: Path) -> None:
-    """Have the checksums agree with the files, as whoever means harm would."""
+    """Update the checksums to match the files, as an attacker would."""
     from lsq_core.quantized.manifest import with_checksums
 
     path = folder / MANIFEST_FILE
@@ -164,14 +164,14 @@ def update_checksums(folder: Path) -> None:
         del content["sha256"]
         path.write_text(json.dumps(with_checksums(content, folder)), "utf8")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # damaged past signing, which is how it stays
+        return  # too damaged for checksums; leave it as it is
 
 
-# --- how it ends ------------------------------------------------------------------------------
+# --- campaign ---------------------------------------------------------------------------------
 
 
 def make_saved(model: Path, folder: Path, data: Path) -> Path:
-    """Save a model at 4 bits by the command line, its database in ``data``."""
+    """Save a model at 4 bits via the command line, with the database in ``data``."""
     from lsq_core.cli.program import main
 
     text = models.make_text(data / "text.txt")
@@ -184,7 +184,7 @@ def make_saved(model: Path, folder: Path, data: Path) -> Path:
 
 
 def _is_unchanged(copy: Path, original: Path) -> bool:
-    """Whether a manifest says the same as another, and no file beside it was touched."""
+    """Return whether a copy's manifest has the same content and its other files are unchanged."""
     rest = [path.name for path in original.iterdir() if path.name != MANIFEST_FILE]
     try:
         if any((copy / n).stat().st_size != (original / n).stat().st_size for n in rest):
@@ -199,7 +199,7 @@ def _is_unchanged(copy: Path, original: Path) -> bool:
 def campaign(
     count: int, folder: Path, seed: int = 0, log: Callable[[str], None] = lambda _: None
 ) -> Counter[str]:
-    """Outcomes of ``eval`` and ``audit`` of ``count`` hostile saved models."""
+    """Count the outcomes of ``eval`` and ``audit`` on ``count`` hostile saved models."""
     original = make_saved(models.make_model(folder / "model"), folder / "saved", folder)
     shutil.copy(folder / "model" / "model.safetensors", folder / models.SECRET)
     sys.addaudithook(models.WATCH)
@@ -211,13 +211,13 @@ def campaign(
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(original, copy)
         what = MUTATIONS[number % len(MUTATIONS)](copy, rng)
-        # Some changes put the value that is there already, or a file that nothing reads.
+        # Some changes set the value that was already there, or write a file that nothing reads.
         unused = "generation" in what or "sha256" in what
         changed = not unused and not _is_unchanged(copy, original)
         signed = number % 2 == 1
         if signed:
             update_checksums(copy)
-        # Of a run that the store knows the kept plan holds; of others the one in the folder.
+        # If the store knows the run, its stored plan is used; otherwise the one in the folder.
         database = ["--db", str(folder / rng.choice(["lsq.duckdb", "other.duckdb"])), "--json"]
         text = ["--corpus", str(folder / "text.txt"), "--max-tokens", "100"]
         verbs = {
@@ -237,7 +237,7 @@ def campaign(
 
 
 def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The campaign's row."""
+    """Run the campaign and return its row."""
     endings = models.bad_endings(campaign(count, folder, seed, log))
     return Tally.of("hostile saved models", count, endings)
 
