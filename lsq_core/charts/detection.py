@@ -62,7 +62,7 @@ def algorithm_steps(
     _add_band(figure, steps)
     at = steps.layers[1:]
     for chosen, symbol, name in (
-        (~steps.trimmed, "circle", "kept"),
+        (~steps.trimmed, "circle", "kept in the trimmed sample"),
         (steps.trimmed, "x-thin", "trimmed (excluded from mean and standard deviation)"),
     ):
         figure.add_trace(_differences(at[chosen], steps.differences[chosen], symbol, name, color))

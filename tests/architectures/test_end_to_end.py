@@ -45,7 +45,7 @@ def test_architecture_end_to_end(model_type, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "type", "reason"),
     [
-        ("qwen2_moe", "mlp.shared_expert_gate", "one row"),
+        ("qwen2_moe", "mlp.shared_expert_gate", "single-row"),
         ("phimoe", "mlp.router", "custom forward"),
         ("mixtral", "mlp.gate", "not the weight of a linear module"),
     ],

@@ -100,7 +100,7 @@ def test_threshold_slider_updates_flagged_layers(user):
     steps = {
         x: y
         for line in figure
-        if line["name"].startswith(("within", "trimmed:"))
+        if line["name"].startswith(("kept", "trimmed ("))
         for x, y in zip(line["x"], line["y"], strict=True)
     }
     assert steps == pytest.approx(ratios.to_dict())
