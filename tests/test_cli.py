@@ -87,7 +87,7 @@ def test_cli_json_is_only_stdout(model, small_text, tmp_path):
         assert result[key] > 0, key
     assert result["measured_bytes"] == result["planned_bytes"]
     assert result["modules"]["model.layers.0.self_attn.q_proj"]["bits"] == 3
-    assert any("no score" in note for note in result["notes"]), "two layers are shallow"
+    assert any("no z-score" in note for note in result["notes"]), "two layers are shallow"
     assert Store(tmp_path / "own.duckdb").results()["run"].tolist() == [result["run"]]
 
 
