@@ -255,7 +255,7 @@ def test_groups_shrink_where_memory_lacks(source, settings, small_text, tmp_path
     ("evaluator", "kind", "named"),
     [
         ("OlderTorch", InputError, r"node-b has torch 2\.0\.0"),
-        ("OtherModel", InputError, "node-b is another model"),
+        ("OtherModel", InputError, "node-b is not the driver's model"),
         ("NoPackage", LsqError, "No module named 'lsq_core'"),
     ],
 )

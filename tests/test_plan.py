@@ -124,12 +124,12 @@ def test_shallow_model_adds_note():
     one_spike = np.r_[np.zeros(10), 1.0]
     detection = detect_outliers(one_spike, ratios=False)
     assert detection.z.max() == pytest.approx(largest_possible_z(11))
-    assert "no score" in shallow_model_note(11)
+    assert "no z-score" in shallow_model_note(11)
     assert "hardly ever" in shallow_model_note(15)
     assert shallow_model_note(24) == ""
     plan = make_plan(problem(layers=8, spikes={4: 50}), PlanRequest("sensiboost", base="3.13"))
     assert not plan.ranking_scores
-    assert any("no score" in note for note in plan.notes)
+    assert any("no z-score" in note for note in plan.notes)
 
 
 def test_layer_series_averages_experts():
