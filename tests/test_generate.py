@@ -132,7 +132,7 @@ def test_compare_generation_invalid_options_raise(random_model):
         compare_generation(*models_and_tokenizer, PROMPT, 300, context=loaded.info.context)
     with pytest.raises(InputError, match="at least 1"):
         compare_generation(*models_and_tokenizer, PROMPT, 0)
-    with pytest.raises(InputError, match="64 bits"):
+    with pytest.raises(InputError, match="64-bit"):
         compare_generation(*models_and_tokenizer, PROMPT, 5, seed=10**30)
     with pytest.raises(InputError, match="temperature"):
         compare_generation(*models_and_tokenizer, PROMPT, 5, temperature=-1.0)

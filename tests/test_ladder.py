@@ -183,7 +183,7 @@ def test_methods_plan_on_the_ladder_or_say_that_they_do_not(method):
     request = PlanRequest(method, budget="5.6bpp", ladder=EXTENDED)
     assert ladder_of(method, EXTENDED) == (PAPER if method in ON_ONE_LADDER else EXTENDED)
     if method in ON_ONE_LADDER:
-        with pytest.raises(InputError, match="paper ladder alone"):
+        with pytest.raises(InputError, match="only the paper ladder"):
             make_plan(problem(ladder=EXTENDED_LADDER), request)
         return
     plan = make_plan(problem(ladder=EXTENDED_LADDER), request)

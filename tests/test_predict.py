@@ -490,7 +490,7 @@ def test_cli_max_loss_gives_smallest_plan(run_cli, method):
         (["--max-loss", "1%", "--budget", "3bpp"], "either --max-loss or"),
         (["--max-loss", "1%", "--base", "3.13"], "either --max-loss or"),
         (["--max-loss", "1%", "--corpus", "other"], "3 so far"),
-        (["--max-loss", "1%", "--pin", "*=b2g128"], "allow more"),
+        (["--max-loss", "1%", "--pin", "*=b2g128"], "allow a larger loss"),
     ],
 )
 def test_cli_invalid_max_loss_exit_2(run_cli, options, message):
