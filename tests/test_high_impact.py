@@ -542,7 +542,7 @@ def test_cli_high_impact_plan_run_audit_eval(random_model, small_text, tmp_path,
     assert entry["ratio"] in RATIOS
     assert plan["bits_per_param"] <= 2.24
     assert plan["gap"] >= 0
-    assert "rows with different bits" in plan["predicted"]["reason"]
+    assert "rows have different bits" in plan["predicted"]["reason"]
     evaluation = ["--corpus", str(small_text), "--max-tokens", "600"]
     options_given = ["--model", str(model), "--device", "cpu", *evaluation, "--quantizer", "rtn"]
     assert main(["run", *options_given, "--plan", str(out), "--save", str(saved), "--json"]) == 0
