@@ -159,7 +159,7 @@ def test_incompatibility_reason_of_gptq_and_awq(monkeypatch):
     )
     assert "experts" in incompatibility_reason("gptq", {replace(MATRIX, expert=0): four})
     mixed = {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(4, 64)}
-    assert re.search("one configuration .*b4g128, b4g64", incompatibility_reason("awq", mixed))
+    assert re.search("single configuration .*b4g128, b4g64", incompatibility_reason("awq", mixed))
     assert "b8g64" in incompatibility_reason("awq", {MATRIX: QuantConfig(8, 64)})
 
 
