@@ -204,7 +204,7 @@ def test_groups_of_windows_are_told_beforehand(random_model, monkeypatch):
     )
     groups = [message for message in messages if " groups of windows" in message]
     assert len(groups) == 1
-    assert groups[0].startswith("hidden states take 3 ")
+    assert groups[0].startswith("hidden states need 3 ")
     assert found.pair[0].nll == pytest.approx(expected.pair[0].nll, rel=1e-5)
 
 
