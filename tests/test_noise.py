@@ -149,7 +149,7 @@ def test_run_tells_the_floor(session, measured, outcome):
     record = session.store.record(row.evaluation)
     assert record["noise"] == measured.to_json()
     shown = format_run_figures(record)
-    assert format_noise(measured.perplexity) in shown["arithmetic noise"]
+    assert format_noise(measured.perplexity) in shown["numerical noise"]
     assert format_noise(measured.perplexity).replace(" ", "\u00a0") in run_card(
         session.store, row.evaluation
     ).foot.replace(" ", "\u00a0")

@@ -186,7 +186,7 @@ def figures(result: dict) -> None:
         f"{result['tokens']:,} tokens of {result['corpus']} ({result['protocol']}{cut})"
     )
     if floor:
-        print(f"arithmetic noise: {describe_noise(floor)}")
+        print(f"numerical noise: {describe_noise(floor)}")
 
 
 def noise(result: dict) -> None:
@@ -198,7 +198,7 @@ def noise(result: dict) -> None:
             f"{row['kl']:>12.8f}"
         )
     floor = result["noise"]
-    print(f"arithmetic noise of {result['model']}, {floor['protocol']} in {floor['dtype']}:")
+    print(f"numerical noise of {result['model']}, {floor['protocol']} in {floor['dtype']}:")
     print(describe_noise(floor))
 
 

@@ -98,7 +98,7 @@ def _noise(record: Record) -> str:
     if record["noise"]:
         share = format_noise(record["noise"]["perplexity"])
         return f"arithmetic {share}".replace(" %", _NBSP + "%")
-    return "" if record["run"]["origin"] == "published" else "arithmetic noise not measured"
+    return "" if record["run"]["origin"] == "published" else "numerical noise not measured"
 
 
 def _increase(record: Record) -> float | None:

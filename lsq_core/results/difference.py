@@ -26,7 +26,7 @@ class RunDifference:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the difference is within the arithmetic noise."""
+        """Whether the difference is within the numerical noise."""
         return is_below_noise(self.difference.relative, self.noise)
 
     @property

@@ -34,7 +34,7 @@ class Gain:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the difference is within the arithmetic noise."""
+        """Whether the difference is within the numerical noise."""
         return is_below_noise(self.drop, self.noise)
 
 
@@ -49,7 +49,7 @@ def describe_gain(gain: Gain, base_bits: float, what: str = "memory") -> str:
     """
     change = f"{100 * abs(gain.drop):.1f} % {'lower' if gain.drop >= 0 else 'higher'} perplexity"
     if gain.is_noise:
-        change = f"no change of perplexity beyond arithmetic ({format_noise(gain.noise)})"
+        change = f"no change of perplexity beyond numerical noise ({format_noise(gain.noise)})"
     if abs(gain.extra) < _SAME_PERCENT:
         return f"{change} at the same size as uniform {base_bits:.2f}"
     more = "more" if gain.extra > 0 else "less" if what == "memory" else "fewer"

@@ -93,7 +93,7 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     known = {
         "perplexity": _perplexity(own["perplexity"], record),
         "full precision": _full_precision(record),
-        "arithmetic noise": _noise(record),
+        "numerical noise": _noise(record),
         "KL divergence, nats": _divergence(own),
         "KL divergence by token": _divergence_by_token(own),
         "top-1 agreement": _percent(own["top1"]),

@@ -312,7 +312,8 @@ def _describe_runs(choice: Choice) -> list[str]:
         facts.append("published, not measured here")
     shipped = int((choice.runs["origin"] == SHIPPED).sum())
     if shipped:
-        facts.append(f"{shipped} of {words.plural(len(choice.runs), 'run')} come with LSQ Explorer")
+        runs = words.plural(len(choice.runs), "run")
+        facts.append(f"{shipped} of {runs} were shipped with LSQ Explorer")
     return facts
 
 

@@ -287,7 +287,7 @@ def describe_origin(profile: Profile) -> str:
     return (
         f"Profile {profile.id}: {facts['tokens']:,} tokens of {facts['corpus_source']}; "
         f"{facts['device']}, {facts['dtype']}, {words.seconds(_measuring_seconds(facts))}."
-        f"{' It comes with LSQ Explorer.' * (facts.get('origin') == SHIPPED)}"
+        f"{' It was shipped with LSQ Explorer.' * (facts.get('origin') == SHIPPED)}"
         f"{_describe_configs(profile.settings)}"
     )
 

@@ -110,7 +110,7 @@ def render_picture(ctx: PageContext, info: ModelInfo, saving: Saving) -> None:
     if cached.is_published(info):
         st.caption(f"Published by the methods' authors, on {words.escape(planned['corpus'])}.")
     else:
-        shipped = " Comes with LSQ Explorer." if planned["origin"] == "shipped" else ""
+        shipped = " Shipped with LSQ Explorer." if planned["origin"] == "shipped" else ""
         st.caption(
             f"Measured on {words.escape(planned['corpus'])}, {planned['tokens']:,} tokens, HQQ, "
             f"{planned['machine']}.{shipped}"

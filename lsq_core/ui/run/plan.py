@@ -120,7 +120,7 @@ def _describe_seconds(ctx: PageContext, request: PlanRequest, options: RunOption
     seconds = estimate_seconds(runs, [SweepItem(request, options.quantizer, evaluation)])
     if seconds is not None:
         shipped = (runs["origin"] == SHIPPED).all()
-        whose = "of the runs that come with LSQ Explorer" if shipped else "of this model's runs"
+        whose = "of the runs shipped with LSQ Explorer" if shipped else "of this model's runs"
         return f"About {words.seconds(seconds)} at the speed {whose}."
     if runs.empty or evaluation.max_tokens:
         return ""

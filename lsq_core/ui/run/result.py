@@ -74,7 +74,7 @@ def render_headline(job: Job) -> None:
 
 
 def _noise(result: dict) -> float | None:
-    """Return the perplexity's relative arithmetic noise; None for a job of an older version."""
+    """Return the perplexity's relative numerical noise; None for a job of an older version."""
     return (result.get("noise") or {}).get("perplexity")
 
 
@@ -116,7 +116,7 @@ def show_figures(job: Job) -> None:
     ]
     if result.get("divergence"):  # a job of an older version has none
         facts.append(f"KL by token: {format_distribution(result['divergence'])}")
-    facts += [f"arithmetic noise {describe_noise(noise)}"] if noise else []
+    facts += [f"numerical noise {describe_noise(noise)}"] if noise else []
     facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
     st.caption(words.escape(" · ".join(facts)))
     if "export" in result:
