@@ -8,6 +8,7 @@ import pytest
 
 from lsq_core.cli.program import main
 from lsq_core.distributed import cluster, profiles
+from lsq_core.distributed.executor import RayExecutor
 from lsq_core.distributed.profiles import RayProfiler, split
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model.loading import inspect_model, load_model
@@ -135,3 +136,16 @@ def test_profile_on_ray_without_ray_says_how_to_add_it(source, settings, tmp_pat
     session = new_session(source, tmp_path / "there")
     with pytest.raises(InputError, match="make ray"):
         session.profile(settings, measure=RayProfiler(cluster.LOCAL))
+
+
+@needs_ray
+def test_sweep_profile_is_measured_here_if_the_cluster_computes_otherwise(
+    source, settings, tmp_path
+):
+    """No actor is started, and the reason is reported."""
+    executor, reports = RayExecutor(cluster.LOCAL, settings, ["rtn"]), []
+    executor._remote_places = [{"device": "cuda:0", "dtype": "bfloat16"}]
+    session = new_session(source, tmp_path / "here", report=lambda *r: reports.append(r))
+    (measured,) = executor.measure_profile(session, settings, ["kurtosis"])
+    assert measured.metrics == ("kurtosis",)
+    assert [text for stage, *_, text in reports if stage == "note" and "cuda in bfloat16" in text]

@@ -13,8 +13,10 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lsq_core.errors import InputError, LsqError
+from lsq_core.model.architecture import context_length
 from lsq_core.model.loading import inspect_model, load_model, pick_device, pick_dtype
 from lsq_core.model.source import (
     DEMO_FOLDER,
@@ -244,3 +246,11 @@ def test_find_model_hub_error_translated(monkeypatch, kind, pattern):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raise_hub_error)
     with pytest.raises(InputError, match=pattern):
         find_model(ModelSource("x/y", revision="z"))
+
+
+def test_vocabulary_as_large_as_the_context_is_not_its_positions():
+    config = LlamaConfig(
+        vocab_size=64, max_position_embeddings=64, pad_token_id=0, hidden_size=16,
+        intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    assert context_length(LlamaForCausalLM(config)) == 64

@@ -129,6 +129,8 @@ def test_access_token_on_public_address():
     port = find_free_port()
     assert serve.access("127.0.0.1", port, token=False).token == ""
     assert len(serve.access("127.0.0.1", port, token=True).token) >= 32
+    own = serve.access("LocalHost", port, token=False).hosts
+    assert all(name == name.lower() for name in own), "as requests name them"
     everyone = serve.access("0.0.0.0", port, token=False)
     assert everyone.token
     assert everyone.hosts == ()
